@@ -1,0 +1,17 @@
+"""align_jax: align code language models, from the pretrained or the instruct checkpoint, in JAX.
+
+Read in data order:
+
+    records   what lies on disk between stages       text      prompts and completions to tokens
+    synth/    a model samples and runs its own code  data      records to packed rows
+    model     the Transformer                        hf        Hugging Face weights in and out
+    losses    sft, dpo, ipo, bonbon                  step      log-probs and the sharded train step
+    train     the trainer, top to bottom             sample    batched decoding
+    sandbox   untrusted programs, under limits       score/    EvalPlus
+    report/   statistics, tables, the page           study     the whole grid, resumable
+
+One alphabet of axes, in every einsum and every shape:
+    B prompts   C completions (a pair: chosen 0, rejected 1)   R packed rows   P example slots in a row
+    T query time   S key time   D model   N query heads   K key-value heads   G = N / K   H head dim
+    F mlp   V vocabulary   L layers
+"""

@@ -1,0 +1,34 @@
+"""The train state and the place in the data, saved asynchronously by orbax; the last whole one is resumed."""
+
+from pathlib import Path
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+
+class Checkpoints:
+    """The checkpoints of one run: `with Checkpoints(folder) as ckpts`."""
+
+    def __init__(self, folder: str | Path, *, keep: int = 2):
+        self._orbax = ocp.training.Checkpointer(
+            Path(folder).absolute(), cleanup_tmp_directories=True,
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._orbax.close()  # waits for a save under way
+
+    def save(self, step: int, state, place: dict) -> None:
+        """Start saving; returns as soon as the arrays are copied off the devices."""
+        self._orbax.save_pytree_async(step, state, custom_metadata={"place": place}, overwrite=True, force=True)
+
+    def restore(self, like):
+        """Return (step, state, place) of the newest whole checkpoint, sharded as `like`; None if there is none."""
+        latest = self._orbax.latest
+        if latest is None:
+            return None
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        state = self._orbax.load_pytree(latest.step, wanted)
+        return latest.step, state, self._orbax.metadata(latest.step).custom_metadata["place"]

@@ -1,0 +1,562 @@
+"""Hugging Face checkpoints to parameters and back; `TABLE` is the whole mapping, read both ways.
+
+    python -m align_jax.hf import SRC DST    # safetensors -> stacked arrays (orbax) for `load`
+    python -m align_jax.hf export SRC DST    # either of the two -> safetensors for transformers
+
+A field of config.json that is not known here is refused, never ignored. Weights stream: beside the
+arrays on the devices the host holds one tensor (export: one file) at a time, whatever the model.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
+from tqdm import tqdm
+
+from align_jax import mesh, model
+from align_jax.model import ModelConfig, Params, Rope
+
+TABLE = [  # HF name, our path, HF layout -> ours. {} is the layer: our array has it as a leading L.
+    ("model.embed_tokens.weight", "embed", "V D -> V D"),
+    ("model.layers.{}.input_layernorm.weight", "layers/attn_norm", "D -> D"),
+    ("model.layers.{}.self_attn.q_proj.weight", "layers/q", "(N H) D -> D N H"),
+    ("model.layers.{}.self_attn.k_proj.weight", "layers/k", "(K H) D -> D K H"),
+    ("model.layers.{}.self_attn.v_proj.weight", "layers/v", "(K H) D -> D K H"),
+    ("model.layers.{}.self_attn.q_proj.bias", "layers/q_bias", "(N H) -> N H"),
+    ("model.layers.{}.self_attn.k_proj.bias", "layers/k_bias", "(K H) -> K H"),
+    ("model.layers.{}.self_attn.v_proj.bias", "layers/v_bias", "(K H) -> K H"),
+    ("model.layers.{}.self_attn.o_proj.weight", "layers/o", "D (N H) -> N H D"),
+    ("model.layers.{}.self_attn.o_proj.bias", "layers/o_bias", "D -> D"),
+    ("model.layers.{}.post_attention_layernorm.weight", "layers/mlp_norm", "D -> D"),
+    ("model.layers.{}.mlp.gate_proj.weight", "layers/gate", "F D -> D F"),
+    ("model.layers.{}.mlp.up_proj.weight", "layers/up", "F D -> D F"),
+    ("model.layers.{}.mlp.down_proj.weight", "layers/down", "D F -> F D"),
+    ("model.norm.weight", "final_norm", "D -> D"),
+    ("lm_head.weight", "head", "V D -> V D"),
+]
+BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # follows from config
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+FIELDS = {  # config.json -> ModelConfig
+    "num_hidden_layers": "L", "hidden_size": "D", "num_attention_heads": "N",
+    "num_key_value_heads": "K", "head_dim": "H", "intermediate_size": "F", "vocab_size": "V",
+    "rms_norm_eps": "norm_eps", "max_position_embeddings": "max_length",
+    "tie_word_embeddings": "tied", "initializer_range": "init_scale",
+}
+OPTIONAL = {"head_dim", "tie_word_embeddings", "initializer_range"}
+ROPE_FIELDS = {  # rope_parameters -> Rope; rope_scaling says the same without rope_theta
+    "rope_theta": "theta", "rope_type": "scaling", "factor": "factor",
+    "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_length",
+}
+ROPE_KINDS = {  # what each scaling has to say
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+               "original_max_position_embeddings"),
+}
+ONLY = {  # fields that are implemented at one value; of a list, every element
+    "hidden_act": "silu", "mlp_bias": False, "pretraining_tp": 1, "partial_rotary_factor": 1,
+    "layer_types": "full_attention", "use_sliding_window": False, "use_mrope": False,
+    "is_encoder_decoder": False, "add_cross_attention": False,
+}
+IRRELEVANT = {  # fields that do not change what the network computes
+    "_attn_implementation_autoset", "_name_or_path", "attention_dropout", "bos_token_id",
+    "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "label2id",
+    "output_attentions", "output_hidden_states", "pad_token_id", "return_dict", "tokenizer_class",
+    "torch_dtype", "torchscript", "transformers_version", "use_cache",
+}
+OF_FAMILY = {  # fields of one family; windows mean nothing with use_sliding_window off
+    "llama": {"attention_bias"},
+    "qwen2": {"sliding_window", "max_window_layers"},
+}
+COMPANIONS = (  # files that go with the weights
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template*", "additional_chat_templates", "generation_config.json",
+)
+
+
+class Tensor(NamedTuple):
+    """One HF tensor and its place: a leaf of the params and, where that is stacked, its layer."""
+
+    name: str
+    path: str
+    layer: int | None
+    pattern: str
+
+
+def tensors(cfg: ModelConfig) -> list[Tensor]:
+    """Expand TABLE for this config, layer by layer, so that files are read about in order."""
+    absent = {"head": cfg.tied, "layers/o_bias": not cfg.o_bias,
+              **{f"layers/{name}_bias": not cfg.qkv_bias for name in "qkv"}}
+    rows = [row for row in TABLE if not absent.get(row[1])]
+    stacked = [row for row in rows if "{}" in row[0]]
+    once = [Tensor(name, path, None, pattern) for name, path, pattern in rows if "{}" not in name]
+    return once + [Tensor(name.format(layer), path, layer, pattern)
+                   for layer in range(cfg.L) for name, path, pattern in stacked]
+
+
+def hf_shape(cfg: ModelConfig, pattern: str) -> tuple[int, ...]:
+    """Shape of the HF tensor; the axes of a pattern are fields of the config."""
+    axes = re.findall(r"\(.*?\)|\w", pattern.split(" -> ")[0])
+    return tuple(math.prod(getattr(cfg, axis) for axis in axis.strip("()").split())
+                 for axis in axes)
+
+
+def _rearrange(cfg: ModelConfig, array: np.ndarray, pattern: str) -> np.ndarray:
+    sizes = {axis: getattr(cfg, axis) for axis in re.findall(r"\w", pattern)}
+    return einops.rearrange(array, pattern, **sizes)
+
+
+def _reverse(pattern: str) -> str:
+    return " -> ".join(reversed(pattern.split(" -> ")))
+
+
+# --- config.json ----------------------------------------------------------------------------------
+
+
+def config(folder: str | Path) -> ModelConfig:
+    """Read config.json, spelled as by transformers 4 or 5; ValueError names every field refused."""
+    path = Path(folder) / "config.json"
+    cfg, problems = _parse(_read_json(path))
+    if problems:
+        raise ValueError(_several(f"{path}: not a model that is implemented here", problems))
+    return cfg
+
+
+def _parse(raw: dict) -> tuple[ModelConfig | None, list[str]]:
+    raw = {name: value for name, value in raw.items() if value is not None}  # null is "not set"
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        return None, [f"model_type: got {family!r}, implemented: {', '.join(FAMILIES)}"]
+    rope, problems = _rope(raw)
+    problems += _field_problems(raw, family)
+    if problems:
+        return None, problems
+    fields = {ours: raw[name] for name, ours in FIELDS.items() if name in raw}
+    fields.setdefault("H", fields["D"] // fields["N"])
+    bias = raw.get("attention_bias", False)
+    cfg = ModelConfig(rope=rope, qkv_bias=bias or family == "qwen2", o_bias=bias, **fields)
+    if cfg.N % cfg.K:
+        problems.append(f"num_attention_heads: got {cfg.N}, "
+                        f"expected a multiple of num_key_value_heads = {cfg.K}")
+    if cfg.H % 2:
+        problems.append(f"head_dim: got {cfg.H}, expected an even number")
+    return cfg, problems
+
+
+def _field_problems(raw: dict, family: str) -> list[str]:
+    only = ONLY | {"architectures": FAMILIES[family]}
+    rope = {"rope_theta", "rope_scaling", "rope_parameters"}
+    known = {"model_type"} | rope | OF_FAMILY[family] | IRRELEVANT
+    missing = FIELDS.keys() - raw.keys() - OPTIONAL
+    problems = [f"{name}: missing" for name in FIELDS if name in missing]
+    for name, value in raw.items():
+        if name in FIELDS:
+            kind = ModelConfig.__annotations__[FIELDS[name]]
+            if not _is(value, kind):
+                problems.append(f"{name}: got {value!r}, expected {EXPECTED[kind]}")
+        elif name in only:
+            if any(v != only[name] for v in (value if isinstance(value, list) else [value])):
+                problems.append(f"{name}: got {value!r}, implemented: {only[name]!r}")
+        elif name not in known:
+            problems.append(f"{name}: got {value!r}, a field that is not implemented")
+    return problems
+
+
+EXPECTED = {bool: "true or false", int: "a positive whole number", float: "a positive number"}
+
+
+def _is(value, kind: type) -> bool:
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, (int, kind)) and value > 0
+
+
+def _rope(raw: dict) -> tuple[Rope | None, list[str]]:
+    """Merge `rope_parameters` (transformers 5) with `rope_scaling` and `rope_theta` (before)."""
+    found, problems = _merge_rope(raw)
+    kind = found.setdefault("rope_type", "default")
+    found.setdefault("rope_theta", Rope.theta)  # transformers' too: Llama 2 does not say it
+    if found.get("partial_rotary_factor") == 1:
+        del found["partial_rotary_factor"]
+    if kind not in ROPE_KINDS:
+        problems.append(f"rope_type: got {kind!r} of {found}, implemented: {', '.join(ROPE_KINDS)}")
+        return None, problems
+    needed = ("rope_theta", *ROPE_KINDS[kind])
+    problems += [f"rope {name}: missing for {kind!r}" for name in needed if name not in found]
+    for name, value in found.items():
+        if name not in ("rope_type", *needed):
+            problems.append(f"rope {name}: got {value!r}, not implemented for {kind!r}")
+        elif name in needed and not _is(value, float):
+            problems.append(f"rope {name}: got {value!r}, expected {EXPECTED[float]}")
+    if problems:
+        return None, problems
+    return Rope(**{ROPE_FIELDS[name]: value for name, value in found.items()}), []
+
+
+def _merge_rope(raw: dict) -> tuple[dict, list[str]]:
+    found, problems = {}, []
+    for spelling in ("rope_parameters", "rope_scaling", "rope_theta"):
+        said = raw.get(spelling, {})
+        said = {"rope_theta": said} if spelling == "rope_theta" and said else said
+        if not isinstance(said, dict):
+            problems.append(f"{spelling}: got {said!r}, expected an object")
+            continue
+        for name, value in said.items():
+            name = "rope_type" if name == "type" else name
+            if found.setdefault(name, value) != value:
+                problems.append(f"rope {name}: got both {found[name]!r} and {value!r}")
+    return found, problems
+
+
+def config_json(cfg: ModelConfig) -> dict:
+    """Spell the config in the older way, which every version of transformers reads."""
+    if cfg.o_bias and not cfg.qkv_bias:
+        raise ValueError("o_bias without qkv_bias: Llama has all four biases, Qwen2 has q, k, v")
+    family = "qwen2" if cfg.qkv_bias and not cfg.o_bias else "llama"
+    rope = {name: getattr(cfg.rope, ROPE_FIELDS[name])
+            for name in ("rope_type", *ROPE_KINDS[cfg.rope.scaling])}
+    return {
+        "architectures": [FAMILIES[family]],
+        "model_type": family,
+        **{name: getattr(cfg, ours) for name, ours in FIELDS.items()},
+        **({"attention_bias": cfg.o_bias} if family == "llama" else {}),
+        "hidden_act": "silu",
+        "rope_theta": cfg.rope.theta,
+        "rope_scaling": None if cfg.rope.scaling == "default" else rope,
+        "bos_token_id": None,  # generation_config.json and the tokenizer say these
+        "eos_token_id": None,
+    }
+
+
+# --- in -------------------------------------------------------------------------------------------
+
+
+def load(folder: str | Path, *, dtype) -> tuple[ModelConfig, Params]:
+    """Read a checkpoint, HF's or `import`'s, onto the mesh that is set, as arrays of `dtype`.
+
+    One ValueError names everything that is missing, extra, misshapen, unreadable or indivisible.
+    """
+    folder = Path(folder)
+    cfg = config(folder)
+    with contextlib.ExitStack() as opened:
+        problems = _mesh_problems(cfg)
+        stacked = (folder / "params").is_dir()
+        if not stacked:
+            readers, unreadable = _open(cfg, folder, opened)
+            problems += unreadable + _tensor_problems(cfg, readers)
+        if problems:
+            raise ValueError(_several(f"{folder}: cannot be loaded", problems))
+        return cfg, _restore(cfg, folder, dtype) if stacked else _read(cfg, readers, dtype)
+
+
+def _mesh_problems(cfg: ModelConfig) -> list[str]:
+    shape = jax.sharding.get_mesh().shape
+    if not shape:
+        return ["no mesh is set; call this within `jax.set_mesh(mesh.make(...))`"]
+    split = {"num_key_value_heads": "heads", "num_attention_heads": "heads",
+             "intermediate_size": "mlp", "vocab_size": "vocab", "hidden_size": "embed"}
+    problems = []
+    for name, logical in split.items():
+        size, axis = getattr(cfg, FIELDS[name]), mesh.RULES[logical]
+        if size % shape[axis]:
+            problems.append(f"{name}: {size} is not divisible by the mesh's "
+                            f"{axis} axis of {shape[axis]}")
+    return problems
+
+
+def _open(cfg: ModelConfig, folder: Path, opened: contextlib.ExitStack) -> tuple[dict, list[str]]:
+    """Open the files: tensor name -> its reader, None if the file that should hold it is bad."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = _read_json(index)["weight_map"]
+    else:
+        weight_map = {tensor.name: "model.safetensors" for tensor in tensors(cfg)}
+    readers, problems = {}, []
+    for file in sorted(set(weight_map.values())):
+        lost = {name: None for name, where in weight_map.items() if where == file}
+        try:
+            reader = opened.enter_context(safetensors.safe_open(folder / file, framework="np"))
+        except FileNotFoundError:
+            readers |= lost
+            problems.append(f"{file}: not there; the folder has "
+                            f"{', '.join(sorted(path.name for path in folder.iterdir()))}")
+        except safetensors.SafetensorError as error:
+            readers |= lost
+            problems.append(f"{file}: truncated or damaged ({error})")
+        else:
+            twice = readers.keys() & set(reader.keys())
+            problems += [f"{name}: also in {file}" for name in sorted(twice)]
+            readers |= dict.fromkeys(reader.keys(), reader)
+    return readers, problems
+
+
+def _tensor_problems(cfg: ModelConfig, readers: dict) -> list[str]:
+    expected = {tensor.name: hf_shape(cfg, tensor.pattern) for tensor in tensors(cfg)}
+    problems = [f"{name}: missing, expected shape {shape}"
+                for name, shape in expected.items() if name not in readers]
+    for name, reader in readers.items():
+        if reader is None:
+            continue
+        view = reader.get_slice(name)
+        if name not in expected:
+            problems += _extra(name, readers)
+        elif tuple(view.get_shape()) != expected[name]:
+            problems.append(f"{name}: got shape {tuple(view.get_shape())}, "
+                            f"expected {expected[name]}")
+        elif view.get_dtype() not in DTYPES:
+            problems.append(f"{name}: got {view.get_dtype()}, implemented: {', '.join(DTYPES)}")
+    return problems
+
+
+def _extra(name: str, readers: dict) -> list[str]:
+    """Complain of a tensor that the model has no place for, unless it says nothing new."""
+    embed = TABLE[0][0]
+    if BUFFERS.fullmatch(name):
+        return []
+    if name == TABLE[-1][0] and readers.get(embed):  # tied, and yet written out
+        head, table = (readers[key].get_tensor(key) for key in (name, embed))
+        same = head.dtype == table.dtype and head.tobytes() == table.tobytes()
+        return [] if same else [f"{name}: differs from {embed} though tie_word_embeddings is true"]
+    return [f"{name}: extra, the model of config.json has no such tensor"]
+
+
+def _read(cfg: ModelConfig, readers: dict, dtype) -> Params:
+    leaves, flat = _leaves(cfg, dtype), {}
+    for name, path, layer, pattern in tqdm(tensors(cfg), "load", unit="tensor", disable=None):
+        array = _rearrange(cfg, readers[name].get_tensor(name), pattern)
+        flat[path] = _place(flat.get(path), array, layer, leaves[path])
+        flat[path].block_until_ready()  # else the host runs ahead and holds many tensors
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _place(stack: jax.Array | None, array: np.ndarray, layer: int | None, leaf) -> jax.Array:
+    """Give each device its part of the tensor, as `leaf` or, of a stacked one, as a layer of it.
+
+    A process reads whole tensors and keeps its devices' parts: no weights go over the network.
+    """
+    spec = leaf.sharding.spec if layer is None else PartitionSpec(*leaf.sharding.spec[1:])
+    sharding = NamedSharding(leaf.sharding.mesh, spec)
+    x = jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+    if layer is None:
+        return x.astype(leaf.dtype)
+    if stack is None:
+        stack = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+    return _set_layer(stack, x, layer)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(stack, x, layer):
+    return jax.lax.dynamic_update_index_in_dim(stack, x.astype(stack.dtype), layer, 0)
+
+
+def _leaves(cfg: ModelConfig, dtype) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape, dtype and sharding on the mesh that is set."""
+    flat, here = traverse_util.flatten_dict(model.abstract(cfg), sep="/"), jax.sharding.get_mesh()
+    return {path: jax.ShapeDtypeStruct(leaf.shape, dtype,
+                                       sharding=NamedSharding(here, leaf.sharding.spec))
+            for path, leaf in flat.items()}
+
+
+def _restore(cfg: ModelConfig, folder: Path, dtype) -> Params:
+    leaves = traverse_util.unflatten_dict(_leaves(cfg, dtype), sep="/")
+    return ocp.load((folder / "params").absolute(), leaves)
+
+
+# --- out ------------------------------------------------------------------------------------------
+
+
+def export(cfg: ModelConfig, params: Params, folder: str | Path, *, like: str | Path | None = None,
+           dtype=None, max_shard_gb: float = 5) -> None:
+    """Write a new folder that transformers loads, whole or not at all.
+
+    `like` is a folder whose config.json, tokenizer, chat template and generation config go along;
+    `dtype` None keeps that of the arrays. Every process of the mesh calls this; the first writes.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    _check_params(cfg, flat)
+    dtype = jnp.dtype(dtype or params["embed"].dtype)
+    files = _split(cfg, dtype.itemsize, max_shard_gb * 1e9)
+    names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    names = names if len(files) > 1 else ["model.safetensors"]
+    weight_map, total = {}, 0
+    with _new_folder(folder) as scratch, \
+            tqdm(total=len(tensors(cfg)), desc="export", unit="tensor", disable=None) as bar:
+        _companions(cfg, scratch, like, dtype)
+        for name, group in zip(names, files, strict=True):
+            arrays = {}
+            for tensor in group:
+                arrays[tensor.name] = _gather(cfg, flat[tensor.path], tensor, dtype)
+                total += arrays[tensor.name].nbytes
+                bar.update()
+            weight_map |= dict.fromkeys(arrays, name)
+            if jax.process_index() == 0:
+                metadata = {"format": "pt"}  # transformers refuses a file that does not say it
+                safetensors.numpy.save_file(arrays, scratch / name, metadata=metadata)
+        if len(files) > 1:
+            _write_json(scratch / "model.safetensors.index.json",
+                        {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _check_params(cfg: ModelConfig, flat: dict) -> None:
+    expected = {path: leaf.shape for path, leaf in _leaves(cfg, jnp.float32).items()}
+    got = {path: leaf.shape for path, leaf in flat.items()}
+    problems = [f"{path}: got {got.get(path, 'none')}, expected {expected.get(path, 'none')}"
+                for path in sorted(expected.keys() | got.keys())
+                if got.get(path) != expected.get(path)]
+    if problems:
+        raise ValueError(_several("export: the parameters are not of this config", problems))
+
+
+def _split(cfg: ModelConfig, itemsize: int, limit: float) -> list[list[Tensor]]:
+    """Share the tensors out, in order, to files of at most `limit` bytes."""
+    files, room = [[]], limit
+    for tensor in tensors(cfg):
+        size = math.prod(hf_shape(cfg, tensor.pattern)) * itemsize
+        if size > room and files[-1]:
+            files.append([])
+            room = limit
+        files[-1].append(tensor)
+        room -= size
+    return files
+
+
+def _gather(cfg: ModelConfig, leaf: jax.Array, tensor: Tensor, dtype) -> np.ndarray:
+    whole = np.asarray(_whole(leaf, tensor.layer, dtype).addressable_data(0))
+    return np.ascontiguousarray(_rearrange(cfg, whole, _reverse(tensor.pattern)))
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _whole(leaf, layer, dtype):
+    """Copy a layer of a leaf, or all of it, to every device: also works over many processes."""
+    if layer is not None:
+        leaf = jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
+    return jax.sharding.reshard(leaf.astype(dtype), PartitionSpec())
+
+
+@contextlib.contextmanager
+def _new_folder(folder: str | Path) -> Iterator[Path]:
+    """Give a scratch folder that becomes `folder` if all goes well and goes away if not."""
+    folder = Path(folder).absolute()
+    _check_new(folder)
+    scratch = folder.with_name(f".{folder.name}.partial")
+    first = jax.process_index() == 0
+    multihost_utils.sync_global_devices("hf: all have seen that the folder is not there")
+    if first:
+        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+        scratch.mkdir(parents=True)
+    multihost_utils.sync_global_devices("hf: the scratch folder is there")
+    try:
+        yield scratch
+    except BaseException:
+        if first:
+            shutil.rmtree(scratch)
+        raise
+    multihost_utils.sync_global_devices("hf: all is written")
+    if first:
+        scratch.rename(folder)
+    multihost_utils.sync_global_devices("hf: the folder is there")
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists():
+        raise ValueError(f"{folder}: already there; name a folder that is not")
+
+
+def _companions(cfg: ModelConfig, folder: Path, like: str | Path | None, dtype) -> None:
+    """Write config.json and copy what `like` has beside its weights."""
+    fields, like = config_json(cfg), Path(like) if like else None
+    if like and (like / "config.json").is_file():
+        fields, theirs = _read_json(like / "config.json"), config(like)
+        differ = [f"{field.name}: got {ours!r}, there {there!r}"
+                  for field in dataclasses.fields(cfg)
+                  if (ours := getattr(cfg, field.name)) != (there := getattr(theirs, field.name))]
+        if differ:
+            raise ValueError(_several(f"{like}/config.json: another model", differ))
+    keys = [key for key in ("dtype", "torch_dtype") if key in fields] or ["torch_dtype"]
+    _write_json(folder / "config.json", fields | dict.fromkeys(keys, jnp.dtype(dtype).name))
+    if like and jax.process_index() == 0:
+        for path in (path for pattern in COMPANIONS for path in like.glob(pattern)):
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
+
+
+# --- files and the command line -------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: not there; expected a Hugging Face checkpoint") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+
+
+def _write_json(path: Path, value: dict) -> None:
+    if jax.process_index() == 0:
+        path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _several(what: str, problems: list[str]) -> str:
+    return f"{what}:\n  " + "\n  ".join(problems)
+
+
+def convert(source: str | Path, folder: str | Path, *, dtype) -> ModelConfig:
+    """Write a checkpoint as stacked arrays, which `load` takes without rearranging them."""
+    with _new_folder(folder) as scratch:
+        cfg, params = load(source, dtype=dtype)
+        _companions(cfg, scratch, source, dtype)
+        ocp.save(scratch / "params", params)
+    return cfg
+
+
+def _stored_dtype(folder: str | Path) -> str:
+    fields = _read_json(Path(folder) / "config.json")
+    return fields.get("dtype") or fields.get("torch_dtype") or "float32"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m align_jax.hf", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("direction", choices=("import", "export"))
+    parser.add_argument("source", metavar="SRC", help="folder of a checkpoint, HF's or import's")
+    parser.add_argument("folder", metavar="DST", type=Path, help="folder to make")
+    parser.add_argument("--dtype", choices=DTYPES.values(),
+                        help="what to write; what SRC/config.json says if left out")
+    args = parser.parse_args()
+    _check_new(args.folder)  # before the long way
+    dtype = args.dtype or _stored_dtype(args.source)
+    with jax.set_mesh(mesh.make()):
+        if args.direction == "import":
+            cfg = convert(args.source, args.folder, dtype=dtype)
+        else:
+            cfg, params = load(args.source, dtype=dtype)
+            export(cfg, params, args.folder, like=args.source)
+        size = cfg.num_params * jnp.dtype(dtype).itemsize / 1e9
+        print(f"{args.folder}: wrote {len(tensors(cfg))} tensors, {cfg.num_params:,} parameters, "
+              f"{size:.3g} GB of {dtype}")
+
+
+if __name__ == "__main__":
+    main()

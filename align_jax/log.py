@@ -1,0 +1,124 @@
+"""The run folder: its config, its metrics as JSONL and TensorBoard, and the progress bar."""
+
+import json
+import logging
+import math
+import os
+import time
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+log = logging.getLogger("align_jax")
+
+
+def say(message: str) -> None:
+    """Print one line, from the first host only."""
+    if jax.process_index() == 0:
+        tqdm.write(message)
+
+
+def progress(items=None, *, total: int | None = None, what: str, unit: str = "it", done: int = 0):
+    """A progress bar with rate and time left; silent on the other hosts."""
+    return tqdm(items, total=total, desc=what, unit=unit, initial=done, dynamic_ncols=True, mininterval=1.0,
+                disable=jax.process_index() != 0, leave=False)
+
+
+def claim(folder: str | Path, config: dict) -> Path:
+    """Make the run folder, or take it up again if it was made with the same config.
+
+    Raises:
+      ValueError: the folder holds a run of another config; names every key that differs.
+    """
+    folder, config = Path(folder), json.loads(json.dumps(config, default=str))
+    path = folder / "config.json"
+    if path.is_file():
+        was, now = _flat(json.loads(path.read_text())), _flat(config)
+        differing = [f"  {key}: this run {now.get(key)!r}, in the folder {was.get(key)!r}"
+                     for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
+        if differing:
+            raise ValueError(f"{folder} holds a run with another config; give another folder or delete it:\n"
+                             + "\n".join(differing))
+    elif jax.process_index() == 0:
+        write_json(path, config)
+    return folder
+
+
+def write_json(path: Path, value) -> None:
+    """Write JSON whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")
+    os.replace(part, path)
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard events of one training run, written by the first host.
+
+    A resumed run drops the lines of the steps that it is going to do again.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int, steps: int):
+        self.is_writer = jax.process_index() == 0
+        self.tokens, self.start = 0.0, time.perf_counter()
+        self.bar = progress(total=steps, what=folder.name, unit="step", done=first_step)
+        self.path = folder / "metrics.jsonl"
+        if self.is_writer:
+            from tensorboardX import SummaryWriter
+
+            lines = self.path.read_text().splitlines() if self.path.is_file() else []
+            kept = [line for line in lines if _step_of(line) <= first_step]
+            self.path.write_text("".join(line + "\n" for line in kept))
+            self.file = self.path.open("a", buffering=1)
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+            if kept:
+                self.tokens = json.loads(kept[-1])["num_tokens"]
+        self.first_tokens = self.tokens
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Log one step's metrics; `tokens` in values counts the real tokens of that step."""
+        self.tokens += values.pop("tokens")
+        rate = (self.tokens - self.first_tokens) / (time.perf_counter() - self.start)
+        values |= {"num_tokens": self.tokens, "tokens_per_second": rate}
+        self.bar.update(1)
+        shown = {"loss": values["loss"], "acc": values.get("rewards/accuracies")}
+        self.bar.set_postfix_str(" ".join(f"{k} {v:.4f}" for k, v in shown.items() if v is not None)
+                                 + f" {rate:,.0f} tok/s", refresh=False)
+        if self.is_writer:
+            self.file.write(json.dumps({"step": step} | values) + "\n")
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self.bar.close()
+        if self.is_writer:
+            self.file.close()
+            self.board.close()
+
+
+def read_metrics(folder: str | Path) -> list[dict]:
+    """Read the metrics of a run, a dict a step."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_finite(step: int, values: dict[str, float]) -> None:
+    """Stop a run that has diverged, naming the metric and the step."""
+    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if bad:
+        raise FloatingPointError(f"step {step}: {bad}; the newest checkpoint is from before it. "
+                                 "Try a lower optim.lr, more warmup, or compute.dtype=float32")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:  # the line that a kill cut short
+        return math.inf
+
+
+def _flat(tree, prefix: str = "") -> dict:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}

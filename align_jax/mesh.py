@@ -1,0 +1,57 @@
+"""The device mesh, and the one table from logical axes to mesh axes.
+
+The mesh is explicit and always set, on one device too, so that a CPU test runs the code that a pod runs.
+"""
+
+import os
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES = {  # what an array axis is -> the mesh axes it is split over
+    "rows": ("data", "fsdp"),  # batch rows, prompts, samples
+    "embed": "fsdp",           # weights are stored split over fsdp and gathered where used
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+
+def make(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices=None) -> Mesh:
+    """Make the (data, fsdp, tensor) mesh; one size may be -1, "all the devices that are left"."""
+    devices = jax.devices() if devices is None else devices
+    shape = [data, fsdp, tensor]
+    if any(size == 0 or size < -1 for size in shape) or shape.count(-1) > 1:
+        raise ValueError(f"mesh: got {dict(zip(AXES, shape, strict=True))}, expected sizes >= 1 and at most one -1")
+    if -1 in shape:
+        known = -data * fsdp * tensor
+        shape[shape.index(-1)] = max(len(devices) // known, 1)
+    if shape[0] * shape[1] * shape[2] != len(devices):
+        raise ValueError(f"mesh: {dict(zip(AXES, shape, strict=True))} needs {shape[0] * shape[1] * shape[2]} "
+                         f"devices, there are {len(devices)}")
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+    """Translate logical axes, e.g. spec("rows", None, "heads"); a name not in RULES is a KeyError."""
+    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+
+
+def sharding(*axes: str | None) -> NamedSharding:
+    """`spec` on the mesh that is set."""
+    return NamedSharding(jax.sharding.get_mesh(), spec(*axes))
+
+
+def num_row_shards() -> int:
+    """Over how many device groups the rows of a batch are split."""
+    shape = jax.sharding.get_mesh().shape
+    return shape["data"] * shape["fsdp"]
+
+
+def start_hosts() -> None:
+    """Join the other hosts when a launcher has said where they are (Cloud TPU, SLURM, or JAX_COORDINATOR_ADDRESS)."""
+    if os.environ.get("JAX_COORDINATOR_ADDRESS") or os.environ.get("SLURM_NTASKS", "1") != "1" \
+            or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
+        jax.distributed.initialize()

@@ -1,0 +1,254 @@
+"""One Llama-family Transformer: every checkpoint of the study is a setting of `ModelConfig`.
+
+Written in flax.nnx and split once into a pure dict (`abstract`, `init`); everything outside this file sees
+pytrees of arrays. Layers are stacked on a leading L axis and run with `lax.scan`. Weights keep their storage
+dtype (fp32 masters in training, bf16 otherwise) and are cast to the dtype of the activations where used.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from align_jax.mesh import spec
+
+Params = dict  # {"embed", "final_norm", "head"?, "layers": {...}} of arrays
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary embedding: base frequency and how it is stretched past the trained length."""
+
+    theta: float = 10_000.0
+    scaling: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a checkpoint. Hashable, so that it can be a static argument."""
+
+    L: int  # layers
+    D: int  # model width
+    N: int  # query heads
+    K: int  # key-value heads
+    H: int  # head dim; N * H need not be D
+    F: int  # mlp width
+    V: int  # vocabulary
+    rope: Rope = Rope()
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False  # Qwen2, and Llama with attention_bias
+    o_bias: bool = False  # Llama with attention_bias
+    tied: bool = False  # the output head is the embedding
+    max_length: int = 2048  # positions the checkpoint was trained for
+    init_scale: float = 0.02
+
+    @property
+    def num_params(self) -> int:
+        shapes = abstract(self)
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def _weight(rngs: nnx.Rngs, shape, axes, scale: float) -> nnx.Param:
+    init = jax.nn.initializers.normal(scale)
+    return nnx.Param(init(rngs.params(), shape, jnp.float32, out_sharding=spec(*axes)))
+
+
+def _fill(value: float, shape, axes) -> nnx.Param:
+    return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=spec(*axes)))
+
+
+class Layers(nnx.Module):
+    """All the decoder layers, each array stacked on L; inside a scan the same object is one layer."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        L, D, N, K, H, F = cfg.L, cfg.D, cfg.N, cfg.K, cfg.H, cfg.F
+        small = cfg.init_scale / math.sqrt(2 * L)  # GPT-2's: keeps the residual stream's scale at any depth
+        self.attn_norm = _fill(1.0, (L, D), (None, None))
+        self.q = _weight(rngs, (L, D, N, H), (None, "embed", "heads", None), cfg.init_scale)
+        self.k = _weight(rngs, (L, D, K, H), (None, "embed", "heads", None), cfg.init_scale)
+        self.v = _weight(rngs, (L, D, K, H), (None, "embed", "heads", None), cfg.init_scale)
+        self.o = _weight(rngs, (L, N, H, D), (None, "heads", None, "embed"), small)
+        self.mlp_norm = _fill(1.0, (L, D), (None, None))
+        self.gate = _weight(rngs, (L, D, F), (None, "embed", "mlp"), cfg.init_scale)
+        self.up = _weight(rngs, (L, D, F), (None, "embed", "mlp"), cfg.init_scale)
+        self.down = _weight(rngs, (L, F, D), (None, "mlp", "embed"), small)
+        if cfg.qkv_bias:
+            self.q_bias = _fill(0.0, (L, N, H), (None, "heads", None))
+            self.k_bias = _fill(0.0, (L, K, H), (None, "heads", None))
+            self.v_bias = _fill(0.0, (L, K, H), (None, "heads", None))
+        if cfg.o_bias:
+            self.o_bias = _fill(0.0, (L, D), (None, None))
+
+    def __call__(self, x, rotate: Callable, attend: Callable, eps: float):
+        """Run one layer; `attend(q, k, v) -> (mixed, kept)` decides what is seen and what is kept."""
+        y = rms_norm(x, self.attn_norm, eps)
+        q, k, v = (self._project(y, name) for name in "qkv")
+        mixed, kept = attend(rotate(q), rotate(k), v)
+        y = jnp.einsum("RTNH,NHD->RTD", mixed, _cast(self.o, x), out_sharding=spec("rows", None, None))
+        x = x + (y + _cast(self.o_bias, x) if hasattr(self, "o_bias") else y)
+
+        y = rms_norm(x, self.mlp_norm, eps)
+        wide = spec("rows", None, "mlp")
+        gate = jnp.einsum("RTD,DF->RTF", y, _cast(self.gate, x), out_sharding=wide)
+        up = jnp.einsum("RTD,DF->RTF", y, _cast(self.up, x), out_sharding=wide)
+        y = jnp.einsum("RTF,FD->RTD", jax.nn.silu(gate) * up, _cast(self.down, x),
+                       out_sharding=spec("rows", None, None))
+        return x + y, kept
+
+    def _project(self, y, name: str):
+        weight, bias = getattr(self, name), getattr(self, name + "_bias", None)
+        out = jnp.einsum("RTD,DNH->RTNH", y, _cast(weight, y), out_sharding=spec("rows", None, "heads", None))
+        return out if bias is None else out + _cast(bias, y)
+
+
+class Transformer(nnx.Module):
+    """Token ids to final hidden states; `unembed` turns those into logits, a few positions at a time."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.embed = _weight(rngs, (cfg.V, cfg.D), ("vocab", "embed"), cfg.init_scale)
+        self.layers = Layers(cfg, rngs)
+        self.final_norm = _fill(1.0, (cfg.D,), (None,))
+        if not cfg.tied:
+            self.head = _weight(rngs, (cfg.V, cfg.D), ("vocab", "embed"), cfg.init_scale)
+
+
+def init(cfg: ModelConfig, seed: int) -> Params:
+    """Make random fp32 parameters, each on its own shard of the mesh that is set."""
+    return jax.jit(lambda: _pure(Transformer(cfg, nnx.Rngs(seed))))()
+
+
+def abstract(cfg: ModelConfig) -> Params:
+    """Shapes of the parameters, with their `.sharding.spec`, without making them."""
+    return jax.eval_shape(lambda: _pure(Transformer(cfg, nnx.Rngs(0))))
+
+
+def hidden(cfg: ModelConfig, params: Params, tokens: Int[Array, "R T"], positions: Int[Array, "R T"],
+           segments: Int[Array, "R T"], *, dtype=jnp.float32, remat: str = "none",
+           ) -> Float[Array, "R T D"]:
+    """Run the packed rows: a token sees earlier tokens of its own segment. Segment 0 is padding."""
+    if remat not in REMAT:
+        raise ValueError(f"remat: got {remat!r}, available are {sorted(REMAT)}")
+    rotate = rotation(cfg.rope, positions, cfg.H, dtype)
+    mask = segment_mask(segments)
+
+    def layer(x, weights):
+        return _layer(cfg, weights)(x, rotate, lambda q, k, v: (attention(q, k, v, mask), None), cfg.norm_eps)
+
+    layer = layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat])
+    x, _ = jax.lax.scan(layer, _embed(params, tokens, dtype), params["layers"])
+    return rms_norm(x, params["final_norm"], cfg.norm_eps)
+
+
+def cached(cfg: ModelConfig, params: Params, tokens: Int[Array, "R T"], positions: Int[Array, "R T"],
+           attends: Sequence[Callable], *, dtype=jnp.float32) -> tuple[Float[Array, "R T D"], list]:
+    """Run tokens through layers that keep something each: layer l attends, and keeps, by `attends[l]`.
+
+    `params["layers"]` is a list here. The layers are unrolled and their caches separate arrays, so that a
+    decode loop updates them in place; through `lax.scan` every step would copy every cache whole.
+    """
+    x = _embed(params, tokens, dtype)
+    rotate = rotation(cfg.rope, positions, cfg.H, dtype)
+    kept = []
+    for weights, attend in zip(params["layers"], attends, strict=True):
+        x, cache = _layer(cfg, weights)(x, rotate, attend, cfg.norm_eps)
+        kept.append(cache)
+    return rms_norm(x, params["final_norm"], cfg.norm_eps), kept
+
+
+def unembed(params: Params, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """Project hidden states to fp32 logits; the vocabulary stays split over the tensor axis."""
+    head = params.get("head", params["embed"])
+    middle = (None,) * (x.ndim - 2)
+    return jnp.einsum("...D,VD->...V", x, _cast(head, x), preferred_element_type=jnp.float32,
+                      out_sharding=spec("rows", *middle, "vocab"))
+
+
+REMAT = {  # what is kept of a layer for the backward pass
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def _layer(cfg: ModelConfig, weights: dict) -> Layers:
+    return nnx.merge(_layer_graph(cfg), weights)
+
+
+@functools.cache
+def _layer_graph(cfg: ModelConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: Layers(cfg, nnx.Rngs(0))), nnx.Param)[0]
+
+
+def _embed(params, tokens, dtype):
+    # Gather the table over fsdp first: a lookup in a table split over D would reshard the activations.
+    table = jax.sharding.reshard(params["embed"].astype(dtype), spec("vocab", None))
+    return table.at[tokens].get(out_sharding=spec("rows", None, None))
+
+
+def _pure(module: nnx.Module) -> Params:
+    return nnx.to_pure_dict(nnx.split(module, nnx.Param)[1])
+
+
+def _cast(weight, like):
+    return weight.astype(like.dtype)
+
+
+def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
+    """Normalise in fp32 and scale in the dtype of x, as transformers' LlamaRMSNorm does."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
+    return y.astype(x.dtype) * _cast(weight, x)
+
+
+def segment_mask(segments: Int[Array, "R T"]) -> Array:
+    """[R 1 1 T S]: query t sees key s of its own segment with s <= t."""
+    T = segments.shape[1]
+    causal = jnp.tril(jnp.ones((T, T), bool))
+    return ((segments[:, :, None] == segments[:, None, :]) & causal)[:, None, None]
+
+
+def attention(q: Float[Array, "R T N H"], k: Float[Array, "R S K H"], v: Float[Array, "R S K H"],
+              mask: Array) -> Float[Array, "R T N H"]:
+    """Masked grouped-query attention; logits and softmax in fp32."""
+    R, T, N, H = q.shape
+    K = k.shape[2]
+    q = q.reshape(R, T, K, N // K, H, out_sharding=spec("rows", None, "heads", None, None))
+    logits = jnp.einsum("RTKGH,RSKH->RKGTS", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    weights = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), axis=-1).astype(q.dtype)
+    mixed = jnp.einsum("RKGTS,RSKH->RTKGH", weights, v)
+    return mixed.reshape(R, T, N, H, out_sharding=spec("rows", None, "heads", None))
+
+
+def rotation(rope: Rope, positions: Int[Array, "R T"], H: int, dtype) -> Callable:
+    """Return the function that turns [R T N H] by its positions, halves paired as in transformers."""
+    angles = positions[..., None, None].astype(jnp.float32) * _frequencies(rope, H)
+    cos, sin = jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+
+    def rotate(x):
+        a, b = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+    return rotate
+
+
+def _frequencies(rope: Rope, H: int) -> Float[Array, "H/2"]:
+    """Angles per position; transformers/modeling_rope_utils.py for the llama3 form."""
+    freq = 1.0 / rope.theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+    if rope.scaling == "linear":
+        return freq / rope.factor
+    if rope.scaling == "llama3":
+        turns = rope.original_length * freq / (2 * math.pi)  # full turns within the trained length
+        span = rope.high_freq_factor - rope.low_freq_factor
+        blend = jnp.clip((turns - rope.low_freq_factor) / span, 0.0, 1.0)
+        return blend * freq + (1 - blend) * freq / rope.factor
+    return freq

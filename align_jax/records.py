@@ -1,0 +1,213 @@
+"""The records on disk: one dataclass a kind, JSONL in and out, every bad line named.
+
+Every arrow of the pipeline is a file of these. Fields are the common preference format, so data from
+elsewhere loads unchanged and ours loads elsewhere; columns we do not know are left alone.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+import types
+import typing
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+Text = str | list[dict]  # plain text, or chat messages [{"role": ..., "content": ...}, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A programming task with tests: one line of an EvalPlus HumanEval+ or MBPP+ file."""
+
+    task_id: str
+    prompt: str
+    entry_point: str
+    canonical_solution: str
+    base_input: list
+    plus_input: list
+    atol: float = 0.0
+    contract: str = ""
+    test: str = ""  # HumanEval's `def check(candidate): assert ...`
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+    """A prompt and the completion to imitate (SFT); an empty prompt is plain language modelling."""
+
+    id: str = ""
+    prompt: Text
+    completion: Text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A prompt with a preferred and a dispreferred completion (DPO, BoNBoN)."""
+
+    id: str = ""
+    prompt: Text
+    chosen: Text
+    rejected: Text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One completion a model wrote; `finish` is "stop" (EOS or a stop string) or "length"."""
+
+    id: str
+    task_id: str
+    prompt: Text
+    completion: str
+    finish: str
+    logp: float = 0.0  # sum over its tokens at temperature 1
+    num_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A sample with what the sandbox said of it; `reward` is the share of the tests it passed."""
+
+    id: str
+    task_id: str
+    prompt: Text
+    completion: str
+    status: str
+    detail: str
+    reward: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """What EvalPlus said of one solution: "pass", "fail" or "timeout" on the base and plus tests."""
+
+    run: str
+    task_id: str
+    index: int
+    base: str
+    plus: str
+
+
+def read(path: str | Path, kind: type, *, bad_lines: str = "stop") -> list:
+    """Read a JSONL file (.gz too) of `kind`; see `read_counted`."""
+    return read_counted(path, kind, bad_lines=bad_lines)[0]
+
+
+def read_counted(path: str | Path, kind: type, *, bad_lines: str = "stop") -> tuple[list, Counter]:
+    """Read a JSONL file of `kind`; bad lines stop the run, or are skipped and counted by reason.
+
+    A line is bad when it is not UTF-8, not a JSON object, lacks a field, has a field of another type, has
+    an empty completion, or repeats an explicit id. A record without `id` gets one from its line and content.
+
+    Raises:
+      ValueError: names the file and every bad line (the first ten in full) when `bad_lines="stop"`.
+    """
+    if bad_lines not in ("stop", "skip"):
+        raise ValueError(f"bad_lines: got {bad_lines!r}, expected 'stop' or 'skip'")
+    found, problems, seen = [], [], {}
+    for number, raw in _lines(path):
+        try:
+            record = _parse(raw, kind, number)
+            key = getattr(record, "id", None)
+            if key is not None and seen.setdefault(key, number) != number:
+                raise ValueError(f"duplicate id: {key!r} is also on line {seen[key]}")
+            found.append(record)
+        except ValueError as error:
+            problems.append((number, str(error)))
+    if problems and bad_lines == "stop":
+        shown = "\n".join(f"  {path}:{number}: {what}" for number, what in problems[:10])
+        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(f"{len(problems)} bad line(s) in {path}, expected {kind.__name__}:\n{shown}{more}")
+    return found, Counter(what.split(":")[0] for _, what in problems)
+
+
+def write(path: str | Path, rows: Iterable[Any]) -> int:
+    """Write dataclasses or dicts as JSONL (.gz too), whole or not at all; return how many."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    count = 0
+    with _open(part, "wb", gz=path.suffix == ".gz") as out:
+        for row in rows:
+            row = dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row
+            out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            count += 1
+    os.replace(part, path)
+    return count
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hex digits that name this content: files by their bytes, anything else by its JSON."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        else:
+            digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _open(path: Path, mode: str, *, gz: bool):
+    # mtime=0 and no name: the same records give the same bytes.
+    return gzip.GzipFile(filename="", fileobj=open(path, mode), mode=mode, mtime=0) if gz else open(path, mode)
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    if not Path(path).is_file():
+        raise ValueError(f"no such file: {path}")
+    with _open(Path(path), "rb", gz=Path(path).suffix == ".gz") as file:
+        for number, raw in enumerate(file, 1):
+            if raw.strip():
+                yield number, raw
+
+
+def _parse(raw: bytes, kind: type, number: int):
+    try:
+        row = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"not an object: got {type(row).__name__}")
+    values = {}
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if field.name in row:
+            _check(field.name, row[field.name], hints[field.name])
+            values[field.name] = row[field.name]
+        elif field.default is dataclasses.MISSING:
+            raise ValueError(f"missing field {field.name!r}: the line has {sorted(row)}")
+    for name in ("completion", "chosen", "rejected"):
+        # A sample may be empty (the model stopped at once); a training target may not.
+        if name in values and kind in (Example, Pair) and not _content(values[name]).strip():
+            raise ValueError(f"empty {name}: nothing to train on")
+    if values.get("id", None) in (None, "") and "id" in hints:
+        values["id"] = f"{number}-{fingerprint(row)}"
+    return kind(**values)
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    plain = tuple(typing.get_origin(option) or option for option in options)
+    accepted = (*plain, int) if float in plain else plain
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in plain):
+        wanted = " or ".join(option.__name__ for option in plain)
+        raise ValueError(f"wrong type in {name!r}: got {type(value).__name__}, expected {wanted}")
+    if hint == Text and isinstance(value, list):
+        _check_messages(name, value)
+
+
+def _check_messages(name: str, messages: list) -> None:
+    good = all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+               for m in messages)
+    if not messages or not good:
+        raise ValueError(f"bad messages in {name!r}: expected a non-empty list of "
+                         "{'role': str, 'content': str}")
+
+
+def _content(text: Text) -> str:
+    return text if isinstance(text, str) else "".join(message["content"] for message in text)

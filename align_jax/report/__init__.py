@@ -1,0 +1,1 @@
+"""From scored samples to evidence: statistics, the results table and the report page."""

@@ -1,0 +1,174 @@
+"""Log-probs of packed rows, and the sharded train step that every objective shares.
+
+`score_tokens` is the one function that makes log-probs: training, reference passes and evaluation use it. Logits
+exist for a chunk of positions at a time and are recomputed in the backward pass, so no [R T V] array exists.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from align_jax import losses, mesh, model
+from align_jax.model import ModelConfig, Params
+
+Batch = dict  # tokens positions segments slots [R T], ref_logps weight [R P C]; see data.py
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """All that a step changes, and all that a checkpoint holds but the place in the data."""
+
+    step: Array
+    params: Params
+    opt: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How the numbers are made: dtype of activations, remat policy, positions a log-prob chunk."""
+
+    dtype: str = "bfloat16"
+    remat: str = "full"
+    chunk: int = 256
+    accumulate: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A loss with its hyper-parameters bound, and what the step and the logs need to know of it."""
+
+    loss: Callable  # (policy, ref, lengths) [R P C] -> ([R P], {part: [R P]})
+    completions: int
+    reward_scale: float  # beta in rewards = beta (policy - ref); TRL's rewards/*
+    per_token: bool  # the loss is divided by scored tokens, not by examples
+
+
+def objective(name: str, **hyper) -> Objective:
+    """Look a loss up by name; `n` of BoNBoN gives the beta that scales the logged rewards."""
+    if name not in losses.LOSSES:
+        raise ValueError(f"objective: got {name!r}, available are {sorted(losses.LOSSES)}")
+    beta = losses.beta_star(hyper["n"]) if "n" in hyper else hyper.get("beta", 1.0)
+    return Objective(partial(losses.LOSSES[name], **hyper), losses.COMPLETIONS[name], beta, name == "sft")
+
+
+def score_tokens(cfg: ModelConfig, params: Params, tokens: Int[Array, "R T"], positions: Int[Array, "R T"],
+                 segments: Int[Array, "R T"], *, compute: Compute) -> Float[Array, "R T"]:
+    """Log-probability, fp32, of every token given those before it in its segment.
+
+    The first position of a segment has no meaning: nothing precedes it.
+    """
+    x = model.hidden(cfg, params, tokens, positions, segments, dtype=jnp.dtype(compute.dtype),
+                     remat=compute.remat)
+    following = jnp.roll(tokens, -1, axis=1)
+    return jnp.roll(_chunked_logps(params, x, following, chunk=compute.chunk), 1, axis=1)
+
+
+def completion_logps(cfg: ModelConfig, params: Params, batch: Batch, *, compute: Compute):
+    """Summed log-probs and token counts of every completion slot: two arrays [R P C]."""
+    logps = score_tokens(cfg, params, batch["tokens"], batch["positions"], batch["segments"], compute=compute)
+    shape = batch["weight"].shape
+    is_of_slot = batch["slots"][..., None] == jnp.arange(shape[1] * shape[2])  # [R T PC]
+    sums = jnp.sum(jnp.where(is_of_slot, logps[..., None], 0.0), axis=1)
+    return sums.reshape(shape), jnp.sum(is_of_slot, axis=1).reshape(shape)
+
+
+def make_step(cfg: ModelConfig, objective: Objective, tx: optax.GradientTransformation, *,
+              compute: Compute) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+    """Make the jitted step(state, batch) -> (state, metrics); the state is donated."""
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: Batch):
+        grads, sums = _accumulate(jax.grad(partial(_sums, cfg, objective, compute), has_aux=True),
+                                  state.params, batch, compute.accumulate)
+        # Σ over Σ: with packing, micro-batches hold different numbers of examples.
+        counted = sums["scored"] if objective.per_token else sums["examples"]
+        grads = jax.tree.map(lambda g: g / jnp.maximum(counted, 1.0), grads)
+        updates, opt = tx.update(grads, state.opt, state.params)
+        metrics = _means(sums, counted) | {"grad_norm": optax.tree.norm(grads)}
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt), metrics
+
+    return step
+
+
+def make_scorer(cfg: ModelConfig, *, compute: Compute) -> Callable[[Params, Batch], Array]:
+    """Make the jitted reference pass: (params, batch) -> summed log-probs [R P C]."""
+    return jax.jit(lambda params, batch: completion_logps(cfg, params, batch, compute=compute)[0])
+
+
+def _chunked_logps(params: Params, x, targets, *, chunk: int):
+    """Log-probs of targets [R T] at states x [R T D], a chunk of positions at a time."""
+    R, T, D = x.shape
+    chunk = max(size for size in range(1, min(chunk, T) + 1) if T % size == 0)
+
+    @jax.checkpoint
+    def of_chunk(chunked):
+        x, targets = chunked
+        logits = model.unembed(params, x)  # [R chunk V]
+        # Compare and sum instead of gathering: it works, and reduces, where V is split over devices.
+        ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2, out_sharding=jax.typeof(logits).sharding)
+        picked = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
+        return picked - jax.nn.logsumexp(logits, axis=-1)
+
+    split = (jnp.moveaxis(x.reshape(R, T // chunk, chunk, D), 1, 0),
+             jnp.moveaxis(targets.reshape(R, T // chunk, chunk), 1, 0))
+    return jnp.moveaxis(jax.lax.map(of_chunk, split), 0, 1).reshape(R, T)
+
+
+def _sums(cfg, objective, compute, params, batch):
+    """Sum of the weighted losses over the batch, and the sums of everything that is logged."""
+    policy, lengths = completion_logps(cfg, params, batch, compute=compute)
+    ref, weight = batch["ref_logps"], batch["weight"][..., 0]
+    each, parts = objective.loss(policy, ref, lengths)
+    logged = {"loss": each} | {f"loss/{name}": value for name, value in parts.items()}
+    logged |= _pair_metrics(policy, ref, objective.reward_scale) if objective.completions == 2 else {
+        "logps/completion": policy[..., 0]}
+    sums = {name: jnp.sum(weight * value) for name, value in logged.items()}
+    sums |= {"examples": jnp.sum(weight), "scored": jnp.sum(weight[..., None] * lengths),
+             "tokens": jnp.sum(batch["segments"] > 0).astype(jnp.float32),
+             "ref_gap": jnp.max(jnp.abs(policy - ref) * weight[..., None])}
+    return sums["loss"], sums
+
+
+def _pair_metrics(policy, ref, scale: float) -> dict:
+    """What TRL users look at, under TRL's names."""
+    rewards = scale * (policy - ref)
+    margin = rewards[..., 0] - rewards[..., 1]
+    return {"rewards/chosen": rewards[..., 0], "rewards/rejected": rewards[..., 1], "rewards/margins": margin,
+            "rewards/accuracies": (margin > 0).astype(jnp.float32),
+            "logps/chosen": policy[..., 0], "logps/rejected": policy[..., 1]}
+
+
+_COUNTS = ("examples", "scored", "tokens", "ref_gap")
+
+
+def _means(sums: dict, counted) -> dict:
+    examples = jnp.maximum(sums["examples"], 1.0)
+    means = {name: value / examples for name, value in sums.items() if name not in _COUNTS}
+    return means | {"loss": sums["loss"] / jnp.maximum(counted, 1.0)} | {name: sums[name] for name in _COUNTS}
+
+
+def _accumulate(grad: Callable, params: Params, batch: Batch, num_micro: int):
+    """Sum gradients and metrics over micro-batches, in fp32; each takes rows from every device."""
+    if num_micro == 1:
+        return grad(params, batch)
+    R = batch["tokens"].shape[0]
+    if R % (num_micro * mesh.num_row_shards()):
+        raise ValueError(f"{R} rows do not divide into {num_micro} micro-batches on {mesh.num_row_shards()} row shards")
+    micro = {name: jnp.moveaxis(value.reshape(R // num_micro, num_micro, *value.shape[1:]), 1, 0)
+             for name, value in batch.items()}
+
+    def add(total, rows):
+        grads, sums = grad(params, rows)
+        gap = jnp.maximum(total[1]["ref_gap"], sums["ref_gap"])
+        grads, sums = jax.tree.map(jnp.add, total, (grads, sums))
+        return (grads, sums | {"ref_gap": gap}), None
+
+    names = jax.eval_shape(grad, params, jax.tree.map(lambda value: value[0], micro))[1]
+    nothing = jax.tree.map(jnp.zeros_like, params), {name: jnp.zeros(()) for name in names}
+    return jax.lax.scan(add, nothing, micro)[0]

@@ -1,0 +1,179 @@
+"""Text to tokens and back: tokenizer, chat template, the prompt-completion boundary, code in answers.
+
+The rule everything here serves: in training the model sees exactly the ids that it sees and emits at inference.
+So the prompt is tokenised alone, as the sampler does it, and the completion is tokenised to continue it.
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from align_jax import records
+from align_jax.records import Text
+
+_CUT = "\u2402align-jax-cut-here\u2403"  # marks where a chat prompt ends; no template and no program contains it
+
+
+class Unusable(ValueError):
+    """A record that cannot become training tokens; `reason` is what it is counted under."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A prompt and a completion as int32 ids. The completion ends in the one EOS unless it was cut."""
+
+    prompt: np.ndarray
+    completion: np.ndarray
+    was_cut: bool = False
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+def load(folder: str | Path):
+    """Load a checkpoint's own tokenizer (transformers, local files only)."""
+    import transformers
+
+    if not Path(folder).is_dir():
+        raise ValueError(f"tokenizer: no such folder {folder!r}; expected a Hugging Face checkpoint folder")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer in {folder} has no EOS token: completions could not be ended")
+    return tokenizer
+
+
+def fingerprint(tokenizer) -> str:
+    """Name the tokenizer and its chat template by their content."""
+    return records.fingerprint(tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token_id)
+
+
+def stop_ids(tokenizer, folder: str | Path) -> list[int]:
+    """Ids that end an answer: the tokenizer's EOS and those of generation_config.json."""
+    path = Path(folder) / "generation_config.json"
+    named = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    extra = named if isinstance(named, list) else [named]
+    return sorted({tokenizer.eos_token_id, *(i for i in extra if i is not None)})
+
+
+def render(tokenizer, prompt: Text) -> str:
+    """Return the text a model is given: plain text as it is, chat through the template.
+
+    A chat prompt that ends in an assistant message is to be continued: that message is the start of the answer.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if tokenizer.chat_template is None:
+        raise ValueError("chat prompt, but the tokenizer has no chat template; expected a plain-text prompt")
+    if prompt[-1]["role"] != "assistant":
+        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return _template(tokenizer, prompt, _CUT).split(_CUT)[0]
+
+
+def encode_prompt(tokenizer, prompt: Text) -> list[int]:
+    """Encode a prompt for sampling: plain text gets the tokenizer's own BOS, chat what its template has."""
+    ids = tokenizer(render(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+    return _one_bos(tokenizer, ids, wanted=isinstance(prompt, str) and adds_bos(tokenizer))
+
+
+def encode(tokenizer, prompt: Text, completion: Text, *, max_length: int, too_long: str = "drop") -> Tokens:
+    """Encode a prompt and its completion so that training equals inference.
+
+    `too_long` says what happens above `max_length` tokens: "drop" refuses the record, "cut" shortens the
+    completion, which then has no EOS and says so in `was_cut`.
+
+    Raises:
+      Unusable: too long, a boundary that no tokenisation of the completion can continue, or a chat template
+        that does not extend its own prompt. The caller counts it by `reason`.
+    """
+    before = render(tokenizer, prompt)
+    after = _after(tokenizer, prompt, completion, before)
+    ids = encode_prompt(tokenizer, prompt)
+    answer = _end_once(tokenizer, _continue(tokenizer, before, after))
+    if len(ids) + len(answer) <= max_length:
+        return Tokens(np.array(ids, np.int32), np.array(answer, np.int32))
+    if too_long == "drop" or len(ids) >= max_length:
+        raise Unusable("too long", f"{len(ids)} + {len(answer)} tokens, max_length is {max_length}")
+    return Tokens(np.array(ids, np.int32), np.array(answer[:max_length - len(ids)], np.int32), was_cut=True)
+
+
+def adds_bos(tokenizer) -> bool:
+    """Whether the tokenizer starts plain text with BOS by itself (Llama does, Qwen does not)."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+
+
+def _one_bos(tokenizer, ids: list[int], *, wanted: bool) -> list[int]:
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return ids
+    has = ids[:1] == [bos]
+    while ids[:1] == [bos]:
+        ids = ids[1:]
+    return [bos, *ids] if wanted or has else ids
+
+
+def _after(tokenizer, prompt: Text, completion: Text, before: str) -> str:
+    """The text that follows `before`, with the template's end of turn."""
+    if isinstance(prompt, str):
+        if not isinstance(completion, str):
+            raise ValueError("plain-text prompt with a chat completion; expected both of one kind")
+        return completion
+    answer = completion if isinstance(completion, str) else "".join(m["content"] for m in completion)
+    whole = _template(tokenizer, prompt, answer)
+    if not whole.startswith(before):
+        raise Unusable("template", f"the rendered answer does not start with its prompt: {whole[:80]!r}")
+    return whole[len(before):]
+
+
+def _template(tokenizer, prompt: list[dict], answer: str) -> str:
+    start = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
+    turns = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
+    return tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": start + answer}], tokenize=False)
+
+
+def _continue(tokenizer, before: str, after: str) -> list[int]:
+    """Ids of `after` that continue the ids of `before`, though the two might merge when joined.
+
+    Tried in turn, and taken only if the whole decodes to the same text: the tail of the joint encoding;
+    `after` alone; `after` behind a newline (for tokenizers that put a space before the first word).
+    """
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    head, joint, newline = ids(before), ids(before + after), ids("\n")
+    if joint[:len(head)] == head:
+        return joint[len(head):]
+    behind = ids("\n" + after)
+    candidates = [ids(after), *([behind[len(newline):]] if behind[:len(newline)] == newline else [])]
+    for tail in candidates:
+        if tokenizer.decode(head + tail) == tokenizer.decode(joint):
+            return tail
+    raise Unusable("boundary", f"{before[-20:]!r} + {after[:20]!r} cannot be tokenised apart")
+
+
+def _end_once(tokenizer, ids: list[int]) -> list[int]:
+    """Cut behind the first EOS (templates put a newline there), or add the missing one."""
+    eos = tokenizer.eos_token_id
+    return ids[:ids.index(eos) + 1] if eos in ids else [*ids, eos]
+
+
+_FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+
+
+def extract_code(answer: str) -> str:
+    """Return the Python of an answer: its first ```python block, else its first block, else all of it.
+
+    A block left open at the end counts, since a stop string may have eaten the closing fence.
+    """
+    blocks = _FENCE.findall(answer + "\n```\n" if answer.count("```") % 2 else answer)
+    for language, code in blocks:
+        if language.lower() in ("python", "py", "python3"):
+            return code
+    return blocks[0][1] if blocks else answer

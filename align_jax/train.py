@@ -1,0 +1,154 @@
+"""The trainer, read from top to bottom: SFT, DPO and BoNBoN are one loop with another loss.
+
+    python -m align_jax.train --config=configs/dpo.py --config.start=PATH --config.data.path=pairs.jsonl
+
+Reads a Hugging Face checkpoint and a JSONL file of examples or pairs. Writes a run folder with metrics, orbax
+checkpoints (a killed run continues from the newest) and, at the end, `hf/`, a checkpoint transformers loads.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app
+from jax.experimental import multihost_utils
+from ml_collections import config_flags
+
+from align_jax import checkpoint, data, hf, log, mesh, optim, records, text
+from align_jax.step import Compute, TrainState, make_scorer, make_step, objective
+
+KINDS = {  # data.kind -> the records in the file, and what of them is trained on
+    "examples": (records.Example, lambda record: record),
+    "pairs": (records.Pair, lambda record: record),
+    "chosen": (records.Pair, lambda r: records.Example(id=r.id, prompt=r.prompt, completion=r.chosen)),
+}
+GAP = {"float32": 1e-2, "bfloat16": 1.0}  # nats between policy and reference at step 0, by rounding alone
+
+
+def train(c: Mapping, *, params=None) -> Path:
+    """Run the training that a config of configs/ describes; return the exported checkpoint's folder.
+
+    `params` replaces the weights of `c.start` (a model made on the spot), whose config and tokenizer are used.
+    """
+    # -- run folder ------------------------------------------------------------------------------------------
+    c = json.loads(json.dumps(c if isinstance(c, dict) else c.to_dict()))
+    run = log.claim(c["run"], {key: c[key] for key in ("start", "seed", "steps", "data", "objective", "optim", "compute")})
+    exported = run / "hf"
+    if exported.is_dir():
+        log.say(f"{run}: already finished")
+        return exported
+
+    with jax.set_mesh(mesh.make(**c["mesh"])):
+        # -- data --------------------------------------------------------------------------------------------
+        goal, compute = objective(**c["objective"]), Compute(**c["compute"])
+        tokenizer = text.load(c["start"])
+        encoded, dropped = load_data(tokenizer, **c["data"])
+        R = c["data"]["rows_per_batch"]
+        rows = data.Rows(encoded, row_length=c["data"]["row_length"], rows_per_batch=R, seed=c["seed"])
+        if rows.C != goal.completions:
+            raise ValueError(f"objective {c['objective']['name']!r} needs {goal.completions} completion(s) an example, "
+                             f"data.kind {c['data']['kind']!r} gives {rows.C}")
+        steps = c["steps"] if c["steps"] > 0 else c["data"]["epochs"] * len(rows) // R
+        batches = data.iterator(rows, rows_per_batch=R, seed=c["seed"], epochs=-(-steps * R // len(rows)),
+                                host=jax.process_index(), num_hosts=jax.process_count())
+
+        # -- weights and optimiser ---------------------------------------------------------------------------
+        cfg, params = (hf.config(c["start"]), params) if params is not None else hf.load(c["start"], dtype="float32")
+        tx = optim.adamw(steps=steps, **c["optim"])
+        if goal.completions == 2:
+            bound_to = {"weights": hf.fingerprint(c["start"]), "tokenizer": text.fingerprint(tokenizer),
+                        "data": [records.fingerprint(Path(c["data"]["path"])), c["data"]], "compute": c["compute"]}
+            rows.ref_logps = reference(run / "reference.json", cfg, params, rows, bound_to, R, compute=compute)
+        state = TrainState(jax.device_put(np.int32(0), mesh.sharding()), params, jax.jit(tx.init)(params))
+        del params  # the first step donates them
+
+        # -- resume ------------------------------------------------------------------------------------------
+        with checkpoint.Checkpoints(run / "checkpoints", keep=c["ckpt"]["keep"]) as ckpts:
+            first, state, place = ckpts.restore(state) or (0, state, None)
+            if place:
+                batches.set_state(place)
+                log.say(f"{run}: continuing after step {first}")
+            log.say(f"{run}: {c['objective']['name']} on {len(encoded)} examples, {steps} steps of {R} rows x "
+                    f"{rows.row_length} tokens ({rows.fill:.0%} filled, up to {rows.P} examples a row), dropped "
+                    f"{dict(dropped) or 'nothing'}, {cfg.num_params / 1e6:,.1f}M parameters on {jax.device_count()} device(s)")
+
+            # -- loop ----------------------------------------------------------------------------------------
+            step = make_step(cfg, goal, tx, compute=compute)
+            metrics = log.Metrics(run, first_step=first, steps=steps)
+            pending = None
+            for number in range(first + 1, steps + 1):
+                state, values = step(state, to_devices(next(batches)))
+                if pending:
+                    record(metrics, *pending, goal, compute)  # one step late: the device never waits for the log
+                pending = (number, values)
+                if number % c["ckpt"]["every"] == 0 or number == steps:
+                    ckpts.save(number, state, batches.get_state())
+            if pending:
+                record(metrics, *pending, goal, compute)
+            metrics.close()
+
+        # -- export ------------------------------------------------------------------------------------------
+        hf.export(cfg, state.params, exported, like=c["start"], dtype=c["ckpt"]["export"])
+    log.say(f"{run}: wrote {exported} ({c['ckpt']['export']}) after {steps} steps, {metrics.tokens:,.0f} tokens; "
+            f"{step._cache_size()} compilation(s); {sum(dropped.values())} completions cut or examples dropped")
+    return exported
+
+
+def load_data(tokenizer, *, path: str, kind: str, row_length: int, too_long: str = "drop", bad_lines: str = "stop",
+              rows_per_batch: int = 0, epochs: int = 0):
+    """Read and tokenise a file of records; return the encoded examples and what was dropped, by reason."""
+    if kind not in KINDS:
+        raise ValueError(f"data.kind: got {kind!r}, available are {sorted(KINDS)}")
+    schema, select = KINDS[kind]
+    found, bad = records.read_counted(path, schema, bad_lines=bad_lines)
+    encoded, dropped = data.encode([select(r) for r in found], tokenizer, max_length=row_length, too_long=too_long,
+                                   progress=lambda items: log.progress(items, what="tokenise", unit="rec"))
+    return encoded, dropped + bad
+
+
+def reference(path: Path, cfg, params, rows: data.Rows, bound_to: dict, R: int, *, compute: Compute) -> dict:
+    """Log-probs of every completion under the starting weights, from `path` if it was made from the same."""
+    bound_to = json.loads(json.dumps(bound_to))
+    if path.is_file() and (saved := json.loads(path.read_text()))["bound_to"] == bound_to:
+        return saved["logps"]
+    score, logps = make_scorer(cfg, compute=compute), {}
+    here = R // jax.process_count()
+    for at in log.progress(range(0, len(rows), R), what="reference", unit="batch"):
+        mine = rows.batch(range(at + jax.process_index() * here, at + (jax.process_index() + 1) * here))
+        found = multihost_utils.process_allgather(score(params, to_devices(mine)), tiled=True)
+        for row, values in zip(rows.packed[at:at + R], found, strict=True):
+            logps |= {rows.encoded[i].id: value.tolist() for i, value in zip(row, values, strict=False)}
+    if jax.process_index() == 0:
+        log.write_json(path, {"bound_to": bound_to, "logps": logps})
+    return logps
+
+
+def to_devices(batch: dict[str, np.ndarray]) -> dict:
+    """Place this host's rows as its part of the global batch."""
+    return {name: jax.make_array_from_process_local_data(mesh.sharding("rows", *(None,) * (value.ndim - 1)), value)
+            for name, value in batch.items()}
+
+
+def record(metrics: log.Metrics, number: int, values: dict, goal, compute: Compute) -> None:
+    """Bring one step's metrics to the host, check them, and write them."""
+    values = {name: float(value) for name, value in jax.device_get(values).items()}
+    gap = values.pop("ref_gap")
+    log.check_finite(number, values)
+    if number == 1 and goal.completions == 2 and gap > GAP[compute.dtype]:
+        raise ValueError(f"step 1: policy and reference differ by {gap:.3g} nats before any update, expected 0: "
+                         f"{metrics.path.parent / 'reference.json'} is not of these weights and data")
+    metrics.write(number, values)
+
+
+def main(argv) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are --config.section.key=value")
+    mesh.start_hosts()
+    train(_CONFIG.value)
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", None, "One of configs/*.py", lock_config=True)
+    app.run(main)

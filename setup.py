@@ -1,0 +1,43 @@
+"""Package align_jax. Python 3.11 takes jax 0.10, the last series for it; Python 3.12 and later take jax 0.11."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="align_jax",
+    version="0.1.0",
+    description="Align code language models in JAX: from the pretrained or the instruct checkpoint, DPO or BoNBoN",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["align_jax", "align_jax.*"]),
+    package_data={"align_jax": ["pocket/*.gz", "pocket/*/*"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "datasets>=3.0",
+        "einops>=0.8",
+        "evalplus==0.3.1",  # the scores of a later release are not comparable
+        "flax>=0.12.7,<0.14",
+        "grain>=0.2.12,<0.3",
+        "jax>=0.10.1,<0.12",  # explicit sharding by default; jax.set_mesh
+        "jaxtyping>=0.3",
+        "jinja2>=3.1",
+        "markupsafe>=2.1",
+        "matplotlib>=3.9",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "openai>=1.40",
+        "optax>=0.2.6,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",  # its v1 interface
+        "safetensors>=0.5",
+        "scipy>=1.15",
+        "statsmodels>=0.14.4",
+        "tensorboardX>=2.6",
+        "tokenizers>=0.21",
+        "tqdm>=4.66",
+        "transformers>=5.0,<6",  # config.json with rope_parameters
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.1,<0.12"],
+        "cuda": ["jax[cuda13]>=0.10.1,<0.12"],
+        "test": ["beartype>=0.20", "markdown-it-py>=3", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8", "torch>=2.6"],
+    },
+)
