@@ -57,6 +57,8 @@ def pack(lengths: Sequence[int], *, row_length: int, seed: int, max_per_row: int
 
     Deterministic in the seed. Returns rows of example indices.
     """
+    if max(lengths, default=0) > row_length:
+        raise ValueError(f"an example of {max(lengths)} tokens does not fit a row of {row_length}")
     rows: list[list[int]] = []
     having = [[] for _ in range(row_length + 1)]  # free tokens -> rows with that much room
     rooms = 0  # bit n is set while having[n] is not empty: best fit is then one shift

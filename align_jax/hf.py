@@ -31,8 +31,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
-from align_jax import mesh, model
-from align_jax.model import ModelConfig, Params, Rope
+from align_jax import mesh, model, records
+from align_jax.hf_config import FIELDS, config, config_json, read_json, several
+from align_jax.model import ModelConfig, Params
 
 TABLE = [  # HF name, our path, HF layout -> ours. {} is the layer: our array has it as a leading L.
     ("model.embed_tokens.weight", "embed", "V D -> V D"),
@@ -55,40 +56,6 @@ TABLE = [  # HF name, our path, HF layout -> ours. {} is the layer: our array ha
 BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # follows from config
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-FIELDS = {  # config.json -> ModelConfig
-    "num_hidden_layers": "L", "hidden_size": "D", "num_attention_heads": "N",
-    "num_key_value_heads": "K", "head_dim": "H", "intermediate_size": "F", "vocab_size": "V",
-    "rms_norm_eps": "norm_eps", "max_position_embeddings": "max_length",
-    "tie_word_embeddings": "tied", "initializer_range": "init_scale",
-}
-OPTIONAL = {"head_dim", "tie_word_embeddings", "initializer_range"}
-ROPE_FIELDS = {  # rope_parameters -> Rope; rope_scaling says the same without rope_theta
-    "rope_theta": "theta", "rope_type": "scaling", "factor": "factor",
-    "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "original_length",
-}
-ROPE_KINDS = {  # what each scaling has to say
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-               "original_max_position_embeddings"),
-}
-ONLY = {  # fields that are implemented at one value; of a list, every element
-    "hidden_act": "silu", "mlp_bias": False, "pretraining_tp": 1, "partial_rotary_factor": 1,
-    "layer_types": "full_attention", "use_sliding_window": False, "use_mrope": False,
-    "is_encoder_decoder": False, "add_cross_attention": False,
-}
-IRRELEVANT = {  # fields that do not change what the network computes
-    "_attn_implementation_autoset", "_name_or_path", "attention_dropout", "bos_token_id",
-    "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "label2id",
-    "output_attentions", "output_hidden_states", "pad_token_id", "return_dict", "tokenizer_class",
-    "torch_dtype", "torchscript", "transformers_version", "use_cache",
-}
-OF_FAMILY = {  # fields of one family; windows mean nothing with use_sliding_window off
-    "llama": {"attention_bias"},
-    "qwen2": {"sliding_window", "max_window_layers"},
-}
 COMPANIONS = (  # files that go with the weights
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template*", "additional_chat_templates", "generation_config.json",
@@ -127,128 +94,6 @@ def _rearrange(cfg: ModelConfig, array: np.ndarray, pattern: str) -> np.ndarray:
     return einops.rearrange(array, pattern, **sizes)
 
 
-def _reverse(pattern: str) -> str:
-    return " -> ".join(reversed(pattern.split(" -> ")))
-
-
-# --- config.json ----------------------------------------------------------------------------------
-
-
-def config(folder: str | Path) -> ModelConfig:
-    """Read config.json, spelled as by transformers 4 or 5; ValueError names every field refused."""
-    path = Path(folder) / "config.json"
-    cfg, problems = _parse(_read_json(path))
-    if problems:
-        raise ValueError(_several(f"{path}: not a model that is implemented here", problems))
-    return cfg
-
-
-def _parse(raw: dict) -> tuple[ModelConfig | None, list[str]]:
-    raw = {name: value for name, value in raw.items() if value is not None}  # null is "not set"
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        return None, [f"model_type: got {family!r}, implemented: {', '.join(FAMILIES)}"]
-    rope, problems = _rope(raw)
-    problems += _field_problems(raw, family)
-    if problems:
-        return None, problems
-    fields = {ours: raw[name] for name, ours in FIELDS.items() if name in raw}
-    fields.setdefault("H", fields["D"] // fields["N"])
-    bias = raw.get("attention_bias", False)
-    cfg = ModelConfig(rope=rope, qkv_bias=bias or family == "qwen2", o_bias=bias, **fields)
-    if cfg.N % cfg.K:
-        problems.append(f"num_attention_heads: got {cfg.N}, "
-                        f"expected a multiple of num_key_value_heads = {cfg.K}")
-    if cfg.H % 2:
-        problems.append(f"head_dim: got {cfg.H}, expected an even number")
-    return cfg, problems
-
-
-def _field_problems(raw: dict, family: str) -> list[str]:
-    only = ONLY | {"architectures": FAMILIES[family]}
-    rope = {"rope_theta", "rope_scaling", "rope_parameters"}
-    known = {"model_type"} | rope | OF_FAMILY[family] | IRRELEVANT
-    missing = FIELDS.keys() - raw.keys() - OPTIONAL
-    problems = [f"{name}: missing" for name in FIELDS if name in missing]
-    for name, value in raw.items():
-        if name in FIELDS:
-            kind = ModelConfig.__annotations__[FIELDS[name]]
-            if not _is(value, kind):
-                problems.append(f"{name}: got {value!r}, expected {EXPECTED[kind]}")
-        elif name in only:
-            if any(v != only[name] for v in (value if isinstance(value, list) else [value])):
-                problems.append(f"{name}: got {value!r}, implemented: {only[name]!r}")
-        elif name not in known:
-            problems.append(f"{name}: got {value!r}, a field that is not implemented")
-    return problems
-
-
-EXPECTED = {bool: "true or false", int: "a positive whole number", float: "a positive number"}
-
-
-def _is(value, kind: type) -> bool:
-    if kind is bool or isinstance(value, bool):
-        return kind is bool and isinstance(value, bool)
-    return isinstance(value, (int, kind)) and value > 0
-
-
-def _rope(raw: dict) -> tuple[Rope | None, list[str]]:
-    """Merge `rope_parameters` (transformers 5) with `rope_scaling` and `rope_theta` (before)."""
-    found, problems = _merge_rope(raw)
-    kind = found.setdefault("rope_type", "default")
-    found.setdefault("rope_theta", Rope.theta)  # transformers' too: Llama 2 does not say it
-    if found.get("partial_rotary_factor") == 1:
-        del found["partial_rotary_factor"]
-    if kind not in ROPE_KINDS:
-        problems.append(f"rope_type: got {kind!r} of {found}, implemented: {', '.join(ROPE_KINDS)}")
-        return None, problems
-    needed = ("rope_theta", *ROPE_KINDS[kind])
-    problems += [f"rope {name}: missing for {kind!r}" for name in needed if name not in found]
-    for name, value in found.items():
-        if name not in ("rope_type", *needed):
-            problems.append(f"rope {name}: got {value!r}, not implemented for {kind!r}")
-        elif name in needed and not _is(value, float):
-            problems.append(f"rope {name}: got {value!r}, expected {EXPECTED[float]}")
-    if problems:
-        return None, problems
-    return Rope(**{ROPE_FIELDS[name]: value for name, value in found.items()}), []
-
-
-def _merge_rope(raw: dict) -> tuple[dict, list[str]]:
-    found, problems = {}, []
-    for spelling in ("rope_parameters", "rope_scaling", "rope_theta"):
-        said = raw.get(spelling, {})
-        said = {"rope_theta": said} if spelling == "rope_theta" and said else said
-        if not isinstance(said, dict):
-            problems.append(f"{spelling}: got {said!r}, expected an object")
-            continue
-        for name, value in said.items():
-            name = "rope_type" if name == "type" else name
-            if found.setdefault(name, value) != value:
-                problems.append(f"rope {name}: got both {found[name]!r} and {value!r}")
-    return found, problems
-
-
-def config_json(cfg: ModelConfig) -> dict:
-    """Spell the config in the older way, which every version of transformers reads."""
-    if cfg.o_bias and not cfg.qkv_bias:
-        raise ValueError("o_bias without qkv_bias: Llama has all four biases, Qwen2 has q, k, v")
-    family = "qwen2" if cfg.qkv_bias and not cfg.o_bias else "llama"
-    rope = {name: getattr(cfg.rope, ROPE_FIELDS[name])
-            for name in ("rope_type", *ROPE_KINDS[cfg.rope.scaling])}
-    return {
-        "architectures": [FAMILIES[family]],
-        "model_type": family,
-        **{name: getattr(cfg, ours) for name, ours in FIELDS.items()},
-        **({"attention_bias": cfg.o_bias} if family == "llama" else {}),
-        "hidden_act": "silu",
-        "rope_theta": cfg.rope.theta,
-        "rope_scaling": None if cfg.rope.scaling == "default" else rope,
-        "bos_token_id": None,  # generation_config.json and the tokenizer say these
-        "eos_token_id": None,
-    }
-
-
 # --- in -------------------------------------------------------------------------------------------
 
 
@@ -266,7 +111,7 @@ def load(folder: str | Path, *, dtype) -> tuple[ModelConfig, Params]:
             readers, unreadable = _open(cfg, folder, opened)
             problems += unreadable + _tensor_problems(cfg, readers)
         if problems:
-            raise ValueError(_several(f"{folder}: cannot be loaded", problems))
+            raise ValueError(several(f"{folder}: cannot be loaded", problems))
         return cfg, _restore(cfg, folder, dtype) if stacked else _read(cfg, readers, dtype)
 
 
@@ -289,7 +134,7 @@ def _open(cfg: ModelConfig, folder: Path, opened: contextlib.ExitStack) -> tuple
     """Open the files: tensor name -> its reader, None if the file that should hold it is bad."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = _read_json(index)["weight_map"]
+        weight_map = read_json(index).get("weight_map", {})
     else:
         weight_map = {tensor.name: "model.safetensors" for tensor in tensors(cfg)}
     readers, problems = {}, []
@@ -386,6 +231,12 @@ def _restore(cfg: ModelConfig, folder: Path, dtype) -> Params:
 # --- out ------------------------------------------------------------------------------------------
 
 
+def fingerprint(folder: str | Path) -> str:
+    """Name a checkpoint's weights by every byte of its files."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.suffix not in (".md", ".txt"))
+    return records.fingerprint(*files)
+
+
 def export(cfg: ModelConfig, params: Params, folder: str | Path, *, like: str | Path | None = None,
            dtype=None, max_shard_gb: float = 5) -> None:
     """Write a new folder that transformers loads, whole or not at all.
@@ -397,25 +248,19 @@ def export(cfg: ModelConfig, params: Params, folder: str | Path, *, like: str | 
     _check_params(cfg, flat)
     dtype = jnp.dtype(dtype or params["embed"].dtype)
     files = _split(cfg, dtype.itemsize, max_shard_gb * 1e9)
-    names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
-    names = names if len(files) > 1 else ["model.safetensors"]
-    weight_map, total = {}, 0
     with _new_folder(folder) as scratch, \
             tqdm(total=len(tensors(cfg)), desc="export", unit="tensor", disable=None) as bar:
         _companions(cfg, scratch, like, dtype)
-        for name, group in zip(names, files, strict=True):
-            arrays = {}
-            for tensor in group:
-                arrays[tensor.name] = _gather(cfg, flat[tensor.path], tensor, dtype)
-                total += arrays[tensor.name].nbytes
-                bar.update()
-            weight_map |= dict.fromkeys(arrays, name)
-            if jax.process_index() == 0:
-                metadata = {"format": "pt"}  # transformers refuses a file that does not say it
-                safetensors.numpy.save_file(arrays, scratch / name, metadata=metadata)
+        weight_map = {}
+        for number, group in enumerate(files, 1):
+            file = f"model-{number:05}-of-{len(files):05}.safetensors"
+            file = file if len(files) > 1 else "model.safetensors"
+            weight_map |= {tensor.name: file for tensor in group}
+            _write_tensors(scratch / file, cfg, flat, group, dtype, bar)
         if len(files) > 1:
+            size = cfg.num_params * dtype.itemsize
             _write_json(scratch / "model.safetensors.index.json",
-                        {"metadata": {"total_size": total}, "weight_map": weight_map})
+                        {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def _check_params(cfg: ModelConfig, flat: dict) -> None:
@@ -425,7 +270,7 @@ def _check_params(cfg: ModelConfig, flat: dict) -> None:
                 for path in sorted(expected.keys() | got.keys())
                 if got.get(path) != expected.get(path)]
     if problems:
-        raise ValueError(_several("export: the parameters are not of this config", problems))
+        raise ValueError(several("export: the parameters are not of this config", problems))
 
 
 def _split(cfg: ModelConfig, itemsize: int, limit: float) -> list[list[Tensor]]:
@@ -441,17 +286,29 @@ def _split(cfg: ModelConfig, itemsize: int, limit: float) -> list[list[Tensor]]:
     return files
 
 
+def _write_tensors(path: Path, cfg: ModelConfig, flat: dict, group: list[Tensor], dtype, bar):
+    first, arrays = jax.process_index() == 0, {}
+    for tensor in group:
+        array = _gather(cfg, flat[tensor.path], tensor, dtype)  # all processes take part in this
+        if first:
+            arrays[tensor.name] = array
+        bar.update()
+    if first:  # transformers wants the metadata; safetensors makes a file that only we can read
+        safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
+        path.chmod(0o644)
+
+
 def _gather(cfg: ModelConfig, leaf: jax.Array, tensor: Tensor, dtype) -> np.ndarray:
-    whole = np.asarray(_whole(leaf, tensor.layer, dtype).addressable_data(0))
-    return np.ascontiguousarray(_rearrange(cfg, whole, _reverse(tensor.pattern)))
+    whole = multihost_utils.process_allgather(_layer(leaf, tensor.layer, dtype), tiled=True)
+    theirs, ours = tensor.pattern.split(" -> ")
+    return np.ascontiguousarray(_rearrange(cfg, whole, f"{ours} -> {theirs}"))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _whole(leaf, layer, dtype):
-    """Copy a layer of a leaf, or all of it, to every device: also works over many processes."""
+def _layer(leaf, layer, dtype):
     if layer is not None:
         leaf = jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
-    return jax.sharding.reshard(leaf.astype(dtype), PartitionSpec())
+    return leaf.astype(dtype)
 
 
 @contextlib.contextmanager
@@ -487,12 +344,12 @@ def _companions(cfg: ModelConfig, folder: Path, like: str | Path | None, dtype) 
     """Write config.json and copy what `like` has beside its weights."""
     fields, like = config_json(cfg), Path(like) if like else None
     if like and (like / "config.json").is_file():
-        fields, theirs = _read_json(like / "config.json"), config(like)
+        fields, theirs = read_json(like / "config.json"), config(like)
         differ = [f"{field.name}: got {ours!r}, there {there!r}"
                   for field in dataclasses.fields(cfg)
                   if (ours := getattr(cfg, field.name)) != (there := getattr(theirs, field.name))]
         if differ:
-            raise ValueError(_several(f"{like}/config.json: another model", differ))
+            raise ValueError(several(f"{like}/config.json: another model", differ))
     keys = [key for key in ("dtype", "torch_dtype") if key in fields] or ["torch_dtype"]
     _write_json(folder / "config.json", fields | dict.fromkeys(keys, jnp.dtype(dtype).name))
     if like and jax.process_index() == 0:
@@ -503,22 +360,9 @@ def _companions(cfg: ModelConfig, folder: Path, like: str | Path | None, dtype) 
 # --- files and the command line -------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: not there; expected a Hugging Face checkpoint") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-
-
 def _write_json(path: Path, value: dict) -> None:
     if jax.process_index() == 0:
         path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _several(what: str, problems: list[str]) -> str:
-    return f"{what}:\n  " + "\n  ".join(problems)
 
 
 def convert(source: str | Path, folder: str | Path, *, dtype) -> ModelConfig:
@@ -531,7 +375,7 @@ def convert(source: str | Path, folder: str | Path, *, dtype) -> ModelConfig:
 
 
 def _stored_dtype(folder: str | Path) -> str:
-    fields = _read_json(Path(folder) / "config.json")
+    fields = read_json(Path(folder) / "config.json")
     return fields.get("dtype") or fields.get("torch_dtype") or "float32"
 
 

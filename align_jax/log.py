@@ -1,16 +1,15 @@
 """The run folder: its config, its metrics as JSONL and TensorBoard, and the progress bar."""
 
 import json
-import logging
 import math
 import os
+import platform
 import time
+from importlib import metadata
 from pathlib import Path
 
 import jax
 from tqdm import tqdm
-
-log = logging.getLogger("align_jax")
 
 
 def say(message: str) -> None:
@@ -49,7 +48,7 @@ def write_json(path: Path, value) -> None:
     """Write JSON whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")
+    part.write_text(json.dumps(value, indent=2, default=str) + "\n")
     os.replace(part, path)
 
 
@@ -96,6 +95,18 @@ class Metrics:
         if self.is_writer:
             self.file.close()
             self.board.close()
+
+
+def minutes(seconds: float) -> str:
+    """Say a duration, as 7 min 05 s."""
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+
+
+def versions() -> dict[str, str]:
+    """The versions of what the numbers of a run depend on."""
+    names = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "evalplus", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names},
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "machine": platform.machine()}
 
 
 def read_metrics(folder: str | Path) -> list[dict]:

@@ -203,7 +203,7 @@ def _cast(weight, like):
     return weight.astype(like.dtype)
 
 
-def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
+def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
     """Normalise in fp32 and scale in the dtype of x, as transformers' LlamaRMSNorm does."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
@@ -241,8 +241,8 @@ def rotation(rope: Rope, positions: Int[Array, "R T"], H: int, dtype) -> Callabl
     return rotate
 
 
-def _frequencies(rope: Rope, H: int) -> Float[Array, "H/2"]:
-    """Angles per position; transformers/modeling_rope_utils.py for the llama3 form."""
+def _frequencies(rope: Rope, H: int) -> Array:
+    """Angles per position [H / 2]; the llama3 form is that of transformers/modeling_rope_utils.py."""
     freq = 1.0 / rope.theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)
     if rope.scaling == "linear":
         return freq / rope.factor

@@ -29,9 +29,10 @@ def adamw(*, steps: int, lr: float, warmup: float = 0.0, decay: str = "cosine", 
     rate = schedule(lr=lr, steps=steps, warmup=warmup, decay=decay, final=final)
     return optax.chain(
         optax.clip_by_global_norm(clip),
-        optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_decays))
+        optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays))
 
 
-def _decays(params):
+def decays(params):
+    """Which leaves weight decay shrinks: all but norms and biases, as in transformers."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not any(part in jax.tree_util.keystr(path) for part in NO_DECAY), params)

@@ -4,13 +4,16 @@ Every arrow of the pipeline is a file of these. Fields are the common preference
 elsewhere loads unchanged and ours loads elsewhere; columns we do not know are left alone.
 """
 
+import contextlib
 import dataclasses
+import functools
 import gzip
 import hashlib
 import json
 import os
 import types
 import typing
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,7 +31,7 @@ class Problem:
     entry_point: str
     canonical_solution: str
     base_input: list
-    plus_input: list
+    plus_input: list | dict  # Mbpp/793 has {}
     atol: float = 0.0
     contract: str = ""
     test: str = ""  # HumanEval's `def check(candidate): assert ...`
@@ -74,6 +77,7 @@ class Judged:
     task_id: str
     prompt: Text
     completion: str
+    finish: str
     status: str
     detail: str
     reward: float
@@ -102,7 +106,8 @@ def read_counted(path: str | Path, kind: type, *, bad_lines: str = "stop") -> tu
     an empty completion, or repeats an explicit id. A record without `id` gets one from its line and content.
 
     Raises:
-      ValueError: names the file and every bad line (the first ten in full) when `bad_lines="stop"`.
+      ValueError: how many lines are bad, with file, number and reason of the first ten, when `bad_lines="stop"`;
+        and always at a gzip file that breaks off, since nobody can count what it lost.
     """
     if bad_lines not in ("stop", "skip"):
         raise ValueError(f"bad_lines: got {bad_lines!r}, expected 'stop' or 'skip'")
@@ -123,6 +128,11 @@ def read_counted(path: str | Path, kind: type, *, bad_lines: str = "stop") -> tu
     return found, Counter(what.split(":")[0] for _, what in problems)
 
 
+def rows(path: str | Path) -> list[dict]:
+    """Read a JSONL file (.gz too) of our own making as plain dicts."""
+    return [json.loads(raw) for _, raw in _lines(path)]
+
+
 def write(path: str | Path, rows: Iterable[Any]) -> int:
     """Write dataclasses or dicts as JSONL (.gz too), whole or not at all; return how many."""
     path = Path(path)
@@ -131,11 +141,16 @@ def write(path: str | Path, rows: Iterable[Any]) -> int:
     count = 0
     with _open(part, "wb", gz=path.suffix == ".gz") as out:
         for row in rows:
-            row = dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row
-            out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            out.write(line(row).encode())
             count += 1
     os.replace(part, path)
     return count
+
+
+def line(row: Any) -> str:
+    """One dataclass or dict as a line of JSON."""
+    row = dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def fingerprint(*parts: Any) -> str:
@@ -150,31 +165,43 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+@contextlib.contextmanager
 def _open(path: Path, mode: str, *, gz: bool):
-    # mtime=0 and no name: the same records give the same bytes.
-    return gzip.GzipFile(filename="", fileobj=open(path, mode), mode=mode, mtime=0) if gz else open(path, mode)
+    with open(path, mode) as file:
+        if not gz:
+            yield file
+            return
+        # mtime=0 and no name: the same records give the same bytes.
+        with gzip.GzipFile(filename="", fileobj=file, mode=mode, mtime=0) as zipped:
+            yield zipped
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     if not Path(path).is_file():
         raise ValueError(f"no such file: {path}")
-    with _open(Path(path), "rb", gz=Path(path).suffix == ".gz") as file:
-        for number, raw in enumerate(file, 1):
-            if raw.strip():
-                yield number, raw
+    number = 0
+    try:
+        with _open(Path(path), "rb", gz=Path(path).suffix == ".gz") as file:
+            for number, raw in enumerate(file, 1):
+                if raw.strip():
+                    yield number, raw
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}:{number + 1}: damaged gzip: {error}") from error
 
 
 def _parse(raw: bytes, kind: type, number: int):
     try:
         row = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
+        if b"\\u" in raw:
+            line(row).encode("utf-8")  # JSON can spell half a surrogate pair, no tokenizer can take it
+    except UnicodeError as error:
         raise ValueError(f"not UTF-8: {error}") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"not an object: got {type(row).__name__}")
     values = {}
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     for field in dataclasses.fields(kind):
         if field.name in row:
             _check(field.name, row[field.name], hints[field.name])
@@ -183,11 +210,14 @@ def _parse(raw: bytes, kind: type, number: int):
             raise ValueError(f"missing field {field.name!r}: the line has {sorted(row)}")
     for name in ("completion", "chosen", "rejected"):
         # A sample may be empty (the model stopped at once); a training target may not.
-        if name in values and kind in (Example, Pair) and not _content(values[name]).strip():
-            raise ValueError(f"empty {name}: nothing to train on")
-    if values.get("id", None) in (None, "") and "id" in hints:
+        if name in values and kind in (Example, Pair):
+            _check_target(name, values["prompt"], values[name])
+    if "id" in hints and not values.get("id"):
         values["id"] = f"{number}-{fingerprint(row)}"
     return kind(**values)
+
+
+_hints = functools.cache(typing.get_type_hints)
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
@@ -209,5 +239,12 @@ def _check_messages(name: str, messages: list) -> None:
                          "{'role': str, 'content': str}")
 
 
-def _content(text: Text) -> str:
-    return text if isinstance(text, str) else "".join(message["content"] for message in text)
+def _check_target(name: str, prompt: Text, target: Text) -> None:
+    messages = [{"role": "assistant", "content": target}] if isinstance(target, str) else target
+    if not "".join(message["content"] for message in messages).strip():
+        raise ValueError(f"empty {name}: nothing to train on")
+    roles = [message["role"] for message in messages]
+    if roles != ["assistant"] or (isinstance(prompt, str) and not isinstance(target, str)):
+        # Common: the whole conversation, its prompt included.
+        raise ValueError(f"bad messages in {name!r}: got {roles} after a {type(prompt).__name__} prompt, expected "
+                         "text, or one assistant message after a list of messages")

@@ -64,16 +64,15 @@ def sample(sampler: Sampler, prompts: Sequence[tuple[str, Text]], *, n: int = 1,
     shards = mesh.num_row_shards()
     B = -(-max(batch_size // n, 1) // shards) * shards
     B = min(B, -(-len(encoded) // shards) * shards)
-    choose = partial(_choose, temperature=temperature, top_p=top_p)
     for at in range(0, len(encoded), B):
         batch = encoded[at:at + B]
-        ids, logps = _generate(sampler, batch, B, n, choose, max_tokens, stops, seed, chunk)
+        ids, logps = _generate(sampler, batch, B, n, temperature, top_p, max_tokens, stops, seed, chunk)
         for b, (name, _) in enumerate(batch):
             rows = range(b * n, b * n + n)
             yield name, [_finish(sampler, ids[row], logps[row], stops) for row in rows]
 
 
-def _generate(sampler, batch, B, n, choose, max_tokens, stops, seed, chunk) -> tuple[np.ndarray, np.ndarray]:
+def _generate(sampler, batch, B, n, temperature, top_p, max_tokens, stops, seed, chunk) -> tuple[np.ndarray, np.ndarray]:
     """Run one batch to its end: ids and logps [M T], ids -1 behind the end."""
     S = -(-max(len(ids) for _, ids in batch) // 64) * 64  # few shapes, few compilations
     tokens, lengths = np.zeros((B, S), np.int32), np.ones(B, np.int32)
@@ -87,7 +86,7 @@ def _generate(sampler, batch, B, n, choose, max_tokens, stops, seed, chunk) -> t
     state["done"] = jax.device_put(is_padding, mesh.sharding("rows"))
     for t in range(0, max_tokens, chunk):
         state = _steps(sampler.cfg, sampler.params, prompt, lengths, names, state, np.int32(min(t + chunk, max_tokens)),
-                       np.int32(seed), choose=choose, stop_ids=sampler.stop_ids, n=n)
+                       np.int32(seed), temperature=temperature, top_p=top_p, stop_ids=sampler.stop_ids, n=n)
         done = np.asarray(state["done"])
         if stops and not done.all():
             ids = np.asarray(state["ids"])
@@ -119,8 +118,8 @@ def _start(cfg, params, tokens, lengths, *, n: int, max_tokens: int):
     return prompt, state
 
 
-@partial(jax.jit, static_argnames=("cfg", "choose", "stop_ids", "n"), donate_argnums=5)
-def _steps(cfg, params, prompt, lengths, names, state, until, seed, *, choose, stop_ids, n: int):
+@partial(jax.jit, static_argnames=("cfg", "temperature", "top_p", "stop_ids", "n"), donate_argnums=5)
+def _steps(cfg, params, prompt, lengths, names, state, until, seed, *, temperature, top_p, stop_ids, n: int):
     """Decode until step `until`, or until every sequence is done."""
     keys = jax.vmap(lambda name: jax.random.fold_in(jax.random.key(seed), name))(names)
     keys = jax.vmap(lambda key: jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(n)))(keys)
@@ -131,7 +130,7 @@ def _steps(cfg, params, prompt, lengths, names, state, until, seed, *, choose, s
         t, done = state["t"], state["done"]
         logits = jax.sharding.reshard(model.unembed(params, state["x"]), spec("rows", None))
         uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(keys)
-        token = choose(logits, uniform)
+        token = _choose(logits, uniform, temperature=temperature, top_p=top_p)
         logp = _pick(jax.nn.log_softmax(logits), token)
         ids = state["ids"].at[:, t].set(jnp.where(done, -1, token))
         logps = state["logps"].at[:, t].set(jnp.where(done, 0.0, logp))
@@ -196,11 +195,12 @@ def _finish(sampler, ids: np.ndarray, logps: np.ndarray, stops: Sequence[str]) -
     ids = ids[ids >= 0].tolist()
     ended = bool(ids) and ids[-1] in sampler.stop_ids
     written = sampler.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
-    ends = [at for at in (written.find(stop) for stop in stops) if at >= 0]
-    if ends:
-        written = written[:min(ends)]
+    was_stopped = any(stop in written for stop in stops)
+    if was_stopped:  # as if looked for behind every token, so that `chunk` changes nothing
         ids = _ids_up_to(sampler.tokenizer, ids, stops)
-    finish = "stop" if ended or ends else "length"
+        written = sampler.tokenizer.decode(ids, skip_special_tokens=True)
+        written = written[:min(at for at in map(written.find, stops) if at >= 0)]
+    finish = "stop" if ended or was_stopped else "length"
     return Completion(written, finish, ids, logps[:len(ids)].tolist())
 
 

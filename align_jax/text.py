@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 
+import jinja2
 import numpy as np
 
 from align_jax import records
@@ -72,8 +73,11 @@ def render(tokenizer, prompt: Text) -> str:
     if tokenizer.chat_template is None:
         raise ValueError("chat prompt, but the tokenizer has no chat template; expected a plain-text prompt")
     if prompt[-1]["role"] != "assistant":
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return _template(tokenizer, prompt, _CUT).split(_CUT)[0]
+        return _apply(tokenizer, prompt, add_generation_prompt=True)
+    before, found, _ = _template(tokenizer, prompt, _CUT).partition(_CUT)
+    if not found:
+        raise Unusable("template", "it leaves out what the assistant says last, so no answer can be started")
+    return before
 
 
 def encode_prompt(tokenizer, prompt: Text) -> list[int]:
@@ -89,8 +93,9 @@ def encode(tokenizer, prompt: Text, completion: Text, *, max_length: int, too_lo
     completion, which then has no EOS and says so in `was_cut`.
 
     Raises:
-      Unusable: too long, a boundary that no tokenisation of the completion can continue, or a chat template
-        that does not extend its own prompt. The caller counts it by `reason`.
+      Unusable: too long, EOS within the completion, a boundary that no tokenisation of the completion can
+        continue, or a chat template that refuses the messages or does not extend its own prompt. The caller
+        counts it by `reason`.
     """
     before = render(tokenizer, prompt)
     after = _after(tokenizer, prompt, completion, before)
@@ -135,7 +140,14 @@ def _after(tokenizer, prompt: Text, completion: Text, before: str) -> str:
 def _template(tokenizer, prompt: list[dict], answer: str) -> str:
     start = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
     turns = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
-    return tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": start + answer}], tokenize=False)
+    return _apply(tokenizer, [*turns, {"role": "assistant", "content": start + answer}])
+
+
+def _apply(tokenizer, messages: list[dict], **how) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **how)
+    except jinja2.TemplateError as error:  # it knows no system role, or wants the roles to alternate
+        raise Unusable("template", str(error)) from error
 
 
 def _continue(tokenizer, before: str, after: str) -> list[int]:
@@ -159,12 +171,17 @@ def _continue(tokenizer, before: str, after: str) -> list[int]:
 
 
 def _end_once(tokenizer, ids: list[int]) -> list[int]:
-    """Cut behind the first EOS (templates put a newline there), or add the missing one."""
+    """Cut what a template puts behind EOS (white space, or EOS again), or add the missing one."""
     eos = tokenizer.eos_token_id
-    return ids[:ids.index(eos) + 1] if eos in ids else [*ids, eos]
+    end = ids.index(eos) if eos in ids else len(ids)
+    behind = tokenizer.decode([i for i in ids[end:] if i != eos])
+    if behind.strip():
+        raise Unusable("EOS inside", f"the answer goes on behind {tokenizer.eos_token}: {behind[:40]!r}")
+    return [*ids[:end], eos]
 
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+# Indent, fence, language, code; as in CommonMark, only a bare fence that is at least as long closes a block.
+_BLOCK = re.compile(r"^([ \t]*)(`{3,})[ \t]*(\w*)[^\n`]*\n(.*?)(?:^[ \t]*\2`*[ \t\r]*$|\Z)", re.DOTALL | re.MULTILINE)
 
 
 def extract_code(answer: str) -> str:
@@ -172,8 +189,7 @@ def extract_code(answer: str) -> str:
 
     A block left open at the end counts, since a stop string may have eaten the closing fence.
     """
-    blocks = _FENCE.findall(answer + "\n```\n" if answer.count("```") % 2 else answer)
-    for language, code in blocks:
-        if language.lower() in ("python", "py", "python3"):
-            return code
-    return blocks[0][1] if blocks else answer
+    blocks = [(language.lower(), re.sub(rf"^[ \t]{{0,{len(indent)}}}", "", code, flags=re.MULTILINE))
+              for indent, _, language, code in _BLOCK.findall(answer)]
+    python = [code for language, code in blocks if language in ("python", "py", "python3")]
+    return [*python, *(code for _, code in blocks), answer][0]

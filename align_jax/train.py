@@ -24,6 +24,7 @@ KINDS = {  # data.kind -> the records in the file, and what of them is trained o
     "pairs": (records.Pair, lambda record: record),
     "chosen": (records.Pair, lambda r: records.Example(id=r.id, prompt=r.prompt, completion=r.chosen)),
 }
+DECIDE = ("start", "seed", "steps", "data", "objective", "optim", "compute")  # sections that decide on the numbers
 GAP = {"float32": 1e-2, "bfloat16": 1.0}  # nats between policy and reference at step 0, by rounding alone
 
 
@@ -34,7 +35,7 @@ def train(c: Mapping, *, params=None) -> Path:
     """
     # -- run folder ------------------------------------------------------------------------------------------
     c = json.loads(json.dumps(c if isinstance(c, dict) else c.to_dict()))
-    run = log.claim(c["run"], {key: c[key] for key in ("start", "seed", "steps", "data", "objective", "optim", "compute")})
+    run = log.claim(c["run"], {key: c[key] for key in DECIDE})
     exported = run / "hf"
     if exported.is_dir():
         log.say(f"{run}: already finished")
@@ -48,8 +49,8 @@ def train(c: Mapping, *, params=None) -> Path:
         R = c["data"]["rows_per_batch"]
         rows = data.Rows(encoded, row_length=c["data"]["row_length"], rows_per_batch=R, seed=c["seed"])
         if rows.C != goal.completions:
-            raise ValueError(f"objective {c['objective']['name']!r} needs {goal.completions} completion(s) an example, "
-                             f"data.kind {c['data']['kind']!r} gives {rows.C}")
+            raise ValueError(f"objective {c['objective']['name']!r} needs {goal.completions} completion(s) an example"
+                             f", data.kind {c['data']['kind']!r} gives {rows.C}")
         steps = c["steps"] if c["steps"] > 0 else c["data"]["epochs"] * len(rows) // R
         batches = data.iterator(rows, rows_per_batch=R, seed=c["seed"], epochs=-(-steps * R // len(rows)),
                                 host=jax.process_index(), num_hosts=jax.process_count())
@@ -72,7 +73,8 @@ def train(c: Mapping, *, params=None) -> Path:
                 log.say(f"{run}: continuing after step {first}")
             log.say(f"{run}: {c['objective']['name']} on {len(encoded)} examples, {steps} steps of {R} rows x "
                     f"{rows.row_length} tokens ({rows.fill:.0%} filled, up to {rows.P} examples a row), dropped "
-                    f"{dict(dropped) or 'nothing'}, {cfg.num_params / 1e6:,.1f}M parameters on {jax.device_count()} device(s)")
+                    f"{dict(dropped) or 'nothing'}; {cfg.num_params / 1e6:,.1f}M parameters on "
+                    f"{jax.device_count()} device(s)")
 
             # -- loop ----------------------------------------------------------------------------------------
             step = make_step(cfg, goal, tx, compute=compute)
@@ -84,9 +86,10 @@ def train(c: Mapping, *, params=None) -> Path:
                     record(metrics, *pending, goal, compute)  # one step late: the device never waits for the log
                 pending = (number, values)
                 if number % c["ckpt"]["every"] == 0 or number == steps:
+                    # Before the save: no checkpoint of a diverged step, none whose metrics a kill could lose.
+                    record(metrics, *pending, goal, compute)
+                    pending = None
                     ckpts.save(number, state, batches.get_state())
-            if pending:
-                record(metrics, *pending, goal, compute)
             metrics.close()
 
         # -- export ------------------------------------------------------------------------------------------

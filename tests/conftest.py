@@ -37,3 +37,7 @@ def one_device():
         yield
 
 
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; part of the test command all the same")

@@ -150,7 +150,8 @@ def test_verdicts_of_several_runs_are_told_apart(five, tmp_path, monkeypatch):
         "Five/0": [program("add", "return a + b if a < 5 else 0"), CANONICAL["Five/0"][0]],
         "Five/1": [program("sub", "return b - a")],
         "Five/2": [program("div", "return str(a / b)"), program("div", "while True: a += b")],
-        "Five/3": [program("cat", "import os; os._exit(0)"), "while True: pass\n", "1 +"],
+        "Five/3": [program("cat", "import os; os._exit(0)"), "while True: pass\n", "1 +",
+                   "x = '\ud800'\n"],
         "Five/4": [program("both", "import os; return [a, b, os.environ['A_SECRET']][:2]"),
                    program("both", "raise SystemExit"), program("both", "return [input(), b]")]}
     scores = evalplus.score({"mixed": mixed, "canonical": CANONICAL}, "five", tmp_path / "out",
@@ -160,16 +161,16 @@ def test_verdicts_of_several_runs_are_told_apart(five, tmp_path, monkeypatch):
         "Five/0": [("pass", "fail"), ("pass", "pass")],
         "Five/1": [("fail", "fail")],
         "Five/2": [("fail", "fail"), ("fail", "fail")],  # a test that is too slow is a fail
-        "Five/3": [("timeout", "timeout"), ("timeout", "timeout"), ("fail", "fail")],
+        "Five/3": [("timeout", "timeout")] * 2 + [("fail", "fail")] * 2,
         "Five/4": [("fail", "fail")] * 3}
     note = json.loads((tmp_path / "out" / "evalplus.json").read_text())
-    assert note["evalplus"] == "0.3.1" and note["programs"] == 16 and note["distinct"] == 15
+    assert note["evalplus"] == "0.3.1" and note["programs"] == 17 and note["distinct"] == 16
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "evalplus.json", "evalplus.log", "samples.jsonl", "samples_eval_results.json"}
 
 
 def test_memory_is_bounded_as_asked(five, tmp_path):
-    hog = {"Five/4": [program("both", "bytearray(2 << 30); return [a, b]")]}
+    hog = {"Five/4": [program("both", "import mmap; mmap.mmap(-1, 2 << 30); return [a, b]")]}
     for memory_bytes, status in ((2 << 30, "fail"), (-1, "pass")):
         scores = evalplus.score({"hog": CANONICAL | hog}, "five", tmp_path / "out", path=five,
                                 memory_bytes=memory_bytes)

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from align_jax import hf, mesh, model
+from align_jax import hf, hf_config, mesh, model
 
 SIZES = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=96, vocab_size=256, max_position_embeddings=1024)
@@ -43,7 +43,7 @@ T = 512
 def torch_model(family: str):
     """Make a random model in which no tensor is trivial: norms and biases are random too."""
     kind, said = FAMILIES[family]
-    rope = {name: said[name] for name in said if name in hf.ROPE_FIELDS}
+    rope = {name: said[name] for name in said if name in hf_config.ROPE_FIELDS}
     rest = {name: said[name] for name in said if name not in rope}
     lm = transformers.AutoModelForCausalLM.from_config(kind(
         **SIZES | rest, rope_parameters={"rope_type": "default"} | rope))
@@ -189,6 +189,7 @@ def test_tied_head_that_is_written_out_must_be_the_embedding(tmp_path):
 
 
 def test_the_host_holds_about_one_tensor(tmp_path):
+    """By Python's own count of its memory, which leaves the arrays on the devices out."""
     cfg = model.ModelConfig(L=8, D=256, N=4, K=4, H=64, F=1024, V=512)
     with on((2, 2, 2)):
         hf.export(cfg, model.init(cfg, 0), tmp_path / "source", max_shard_gb=0.01)
@@ -200,10 +201,9 @@ def test_the_host_holds_about_one_tensor(tmp_path):
         hf.export(cfg, params, tmp_path / "out", max_shard_gb=0.01)
         _, saving = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    print(total/largest, loading/largest, saving/largest)
     assert total > 30 * largest
-    assert loading < 6 * largest, loading / largest
-    assert saving < 10e6 + 6 * largest, saving / largest
+    assert loading < 3.5 * largest
+    assert saving < 10e6 + 3 * largest  # a file, and the tensor that is on its way to it
 
 
 # --- the command line and the files beside the weights --------------------------------------------

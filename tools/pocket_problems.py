@@ -22,6 +22,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+# ruff: noqa: E501  (a block is one row of a table, however long)
 
 MAX_WORDS = 22
 _TAKEN = {*dir(builtins), "math"}
@@ -137,14 +138,14 @@ MAPS = _rows(
 # Maps of whole lists and dicts.
 COLLECTION_MAPS = _rows(
     ("sum", "l>i", "sum(s) of #", "«sum|len»($x)"),
-    ("max", "l>i", "maximum of #", "«max|min»($x)"),
+    ("max", "l>i", "maximum(s) of #", "«max|min»($x)"),
     ("spread", "l>i", "spread(s) (largest minus smallest) of #", "max($x) «-|+» min($x)"),
-    ("distinct", "l>i", "distinct number count(s) of #", "len(«set($x)|$x»)"),
+    ("distinct", "l>i", "distinct value count(s) of #", "len(«set($x)|$x»)"),
     ("size", "d>i", "number of keys of #", "len($x)«| - 1»"),
     ("keys", "d>l", "list of the keys of #", "list($x«|.values()»)"),
     ("values", "d>l", "list of the values of #", "list($x«.values()|»)"),
     ("reversed", "l>l", "reverse of #", "$x[::«-1|1»]"),
-    ("size", "l>i", "length of #", "len($x)«| - 1|»"),
+    ("size", "l>i", "length(s) of #", "len($x)«| - 1|»"),
     ("tail", "l>l", "# without its first element", "$x[«1:|:-1»]"),
     ("head", "l>l", "first $K elements of #", "$x[:«$K|$K1»]"),
     ("twice", "l>l", "# repeated twice", "$x * «2|3»"),
@@ -167,7 +168,7 @@ SOURCES = _rows(
     ("pairs", "i", "pairwise sum(s)", ("$a, $b in zip($xs, $ys) => $a «+|*|-» $b",), "of $xs and $ys", "xs ys"),
     ("pairs", "i", "pairwise product(s)", ("$a, $b in zip($xs, $ys) => $a «*|+» $b",), "of $xs and $ys", "xs ys"),
     ("pairs", "i", "pairwise absolute difference(s)", ("$a, $b in zip($xs, $ys) => «abs($a - $b)|$a - $b»",), "of $xs and $ys", "xs ys"),
-    ("pairs", "i", "larger number(s) at each position", ("$a, $b in zip($xs, $ys) => «max|min»($a, $b)",), "of $xs and $ys", "xs ys"),
+    ("pairs", "i", "pairwise maximum(s)", ("$a, $b in zip($xs, $ys) => «max|min»($a, $b)",), "of $xs and $ys", "xs ys"),
     ("pairs", "i", "number(s)", ("$x in «$xs + $ys|$xs»",), "in $xs followed by $ys", "xs ys"),
     ("shared", "i", "number(s)", ("$x in [v for v in $xs if v «in|not in» $ys]",), "of $xs that also occur in $ys", "xs ys"),
     ("shared", "i", "number(s)", ("$x in [v for v in $xs if v «not in|in» $ys]",), "of $xs that do not occur in $ys", "xs ys"),
@@ -247,6 +248,26 @@ CONSUMERS = _rows(
     ("min_by", "is>? m", "the one of the $items with the smallest $attr (first on ties), or None if there are none", ("= «min|max»([$x $tail], key=lambda $x: $v, default=None)", "$best = None\n$loop\n    if $best is None or $v «<|<=|>» $vbest:\n        $best = $x\n= $best"), ""),
 )
 
+# What two arguments are compared for; $f and $g are their values under a map called $name.
+COMPARISONS = _rows(
+    ("same", "", "whether $one and $two have the same $name", ("= $f «==|!=» $g", "if $f «!=|==» $g:\n    return False\n= True")),
+    ("sum", "", "the $name of $one plus the $name of $two", "= $f «+|-» «$g|$f»"),
+    ("difference", "", "the $name of $one minus the $name of $two", "= $f «-|+» $g"),
+    ("exceeds", "", "whether the $name of $one is greater than the $name of $two", ("= $f «>|>=|<» $g", "if $f «>|>=|<» $g:\n    return True\n= False")),
+    ("sign", "", "-1, 0 or 1 if the $name of $one is less than, equal to or greater than that of $two", ("if $f == $g:\n    return 0\n= 1 if $f «>|<» $g else -1", "if $f «<|<=|>» $g:\n    return -1\nif $f > $g:\n    return 1\n= 0")),
+    ("larger", "", "whichever of $one and $two has the larger $name, $one «on ties|if they are equal»", ("if $f «>=|>|<=» $g:\n    return «$one|$two»\n= $two", "= «max|min»($one, $two, key=lambda $x: $v)", "= $one if $f «>=|>|<=» $g else $two")),
+    ("smaller", "", "whichever of $one and $two has the smaller $name, $one «on ties|if they are equal»", ("if $f «<=|<|>=» $g:\n    return «$one|$two»\n= $two", "= «min|max»($one, $two, key=lambda $x: $v)", "= $one if $f «<=|<|>=» $g else $two")),
+)
+
+# What is made of the entries of a dict that pass a test on the key or value, with values mapped to $new.
+ENTRIES = _rows(
+    ("entries", "", "a dict of the $entries", ("= {k: v for k, v in $d.items()« if $pred|»}", "$out = {}\nfor k, v in $d.items():\n    if «$pred|not $neg»:\n        $out[k] = v\n= $out")),
+    ("changed", "", "a dict of the $entries, with each value replaced by its $attr", ("= {k: «$new|v» for k, v in $d.items()« if $pred|»}", "$out = {}\nfor k, v in $d.items():\n    if «$pred|not $neg»:\n        $out[k] = «$new|v»\n= $out")),
+    ("keys", "", "a list of the keys of the $entries", ("= [«k|v» for k, v in $d.items()« if $pred|»]", "$out = []\nfor k, v in $d.items():\n    if «$pred|not $neg»:\n        $out.append(«k|v»)\n= $out")),
+    ("values", "", "a list of the values of the $entries", ("= [«v|k» for k, v in $d.items()« if $pred|»]", "$out = []\nfor k, v in $d.items():\n    if «$pred|not $neg»:\n        $out.append(v)\n= $out")),
+    ("total", "", "the sum of the values of the $entries", ("= sum(v for k, v in $d.items()« if $pred|»)", "$acc = «0|1»\nfor k, v in $d.items():\n    if «$pred|not $neg»:\n        $acc «+=|=» v\n= $acc")),
+)
+
 # Whole programs. Kind is family:type of the result; `text` is what they return.
 PROGRAMS = _rows(
     ("factorial", "number:i", "factorial of $j", ("f = «1|0»\nfor $i in range(2, $j «+ 1|»):\n    f *= $i\n= f", "f = 1\nwhile $j > «1|2|0»:\n    f *= $j\n    $j -= 1\n= f", "= math.factorial($j)"), "", "j"),
@@ -313,7 +334,7 @@ PROGRAMS = _rows(
     ("dot", "lists:i", "dot product of $xs and $ys", ("= sum(a «*|+» b for a, b in zip($xs, $ys))", "$acc = 0\nfor $i in range(min(len($xs), len($ys))):\n    $acc «+=|=» $xs[$i] * $ys[$i]\n= $acc"), "", "xs ys"),
     ("pair_count", "lists:i", "number of pairs of positions in $xs whose numbers add up to $a", ("$acc = 0\nfor i in range(len($xs)):\n    for j in range(«i + 1|i|0», len($xs)):\n        if $xs[i] + $xs[j] == $a:\n            $acc += 1\n= $acc",), "", "xs a"),
     ("longest_rise", "lists:i", "length of the longest stretch of $xs in which every number is greater than the one before", ("$best = run = 0\nfor i in range(len($xs)):\n    run = run + 1 if i > 0 and $xs[i] «>|>=» $xs[i - 1] else «1|0»\n    $best = max($best, run)\n= $best",), "", "xs"),
-    ("diagonal", "lists:l", "list of the numbers on the main diagonal of the square $square", ("= [$square[i][«i|0|-1 - i»] for i in range(len($square))]", "$out = []\nfor i, row in enumerate($square):\n    $out.append(row[«i|0|-i - 1»])\n= $out"), "", "square"),
+    ("diagonal", "lists:l", "list of the numbers on the main diagonal of the square grid $square", ("= [$square[i][«i|0|-1 - i»] for i in range(len($square))]", "$out = []\nfor i, row in enumerate($square):\n    $out.append(row[«i|0|-i - 1»])\n= $out"), "", "square"),
     ("inverted", "dicts:d", "dict with the keys and values of $d swapped, the last key winning on ties", ("= {«v: k|k: v» for k, v in $d.items()}", "$out = {}\nfor k in $d:\n    $out[«$d[k]|k»] = «k|$d[k]»\n= $out"), "", "d"),
     ("grouped", "dicts:d", "dict mapping each value of $d to the list of keys that have it", ("$out = {}\nfor k, v in $d.items():\n    $out.setdefault(«v, []).append(k|k, []).append(v»)\n= $out", "$out = {}\nfor k, v in $d.items():\n    $out[v] = «$out.get(v, []) + [k]|[k]»\n= $out"), "", "d"),
     ("added", "dicts:d", "dict of all keys of $d and $e, with the values of common keys added", ("$out = dict($d)\nfor k, v in $e.items():\n    $out[k] = «$out.get(k, 0) + v|v»\n= $out", "= {k: $d.get(k, 0) «+|-|*» $e.get(k, 0) for k in «{**$d, **$e}|$d»}"), "", "d e"),
@@ -333,7 +354,7 @@ PROGRAMS = _rows(
     ("no_repeats", "tests:b", "no number occurs more than once in $xs", ("= len(set($xs)) «==|!=|<» len($xs)", "$out = []\nfor v in $xs:\n    if v «in|not in» $out:\n        return False\n    $out.append(v)\n= True"), "", "xs"),
     ("subset", "tests:b", "every number in $xs also occurs in $ys", ("= «all|any»(v in $ys for v in $xs)", "for v in $xs:\n    if v «not in|in» $ys:\n        return False\n= True"), "", "xs ys"),
     ("disjoint", "tests:b", "$xs and $ys have no number in common", ("= not «any|all»(v in $ys for v in $xs)", "for v in $xs:\n    if v «in|not in» $ys:\n        return False\n= True"), "", "xs ys"),
-    ("leap", "tests:b", "the year $year is a leap year", ("= $year % 4 == 0 «and|or» ($year % 100 != 0 «or|and» $year % 400 == 0)", "if $year % 400 == 0:\n    return «True|False»\nif $year % 100 == 0:\n    return «False|True»\n= $year % 4 == 0"), "", "year"),
+    ("leap", "tests:b", "$year is a leap year", ("= $year % 4 == 0 «and|or» ($year % 100 != 0 «or|and» $year % 400 == 0)", "if $year % 400 == 0:\n    return «True|False»\nif $year % 100 == 0:\n    return «False|True»\n= $year % 4 == 0"), "", "year"),
     ("perfect", "tests:b", "$p equals the sum of its divisors less than itself", ("= sum(q for q in range(«1|2», «$p|$p + 1») if $p % q == 0) == $p",), "", "p"),
     ("triangle", "tests:b", "$p, $q and $r can be the sides of a triangle with non-zero area", ("$vals = sorted([$p, $q, $r])\n= $vals[0] + $vals[1] «>|>=|<» $vals[2]", "= $p + $q > $r «and|or» $q + $r > $p «and|or» $p + $r > $q"), "", "p q r"),
     ("subsequence", "tests:b", "the letters of $w2 occur in $w in the same order, not necessarily together", ("i = 0\nfor ch in $w:\n    if i < len($w2) and ch «==|!=» $w2[i]:\n        i += 1\n= i == len($w2)",), "", "w w2"),
@@ -399,7 +420,7 @@ class Arg(NamedTuple):
     edges: list
 
 
-_LISTS = Arg(("nums", "numbers", "values", "xs"), "list[int]", _ints, [[], [0], [-1], [7, 7, 7], [-5, -2, -8], [3, 3, 1, 1], [10, 9, 8], [2, 4]])
+_LISTS = Arg(("nums", "values", "xs", "data"), "list[int]", _ints, [[], [0], [-1], [7, 7, 7], [-5, -2, -8], [3, 3, 1, 1], [10, 9, 8], [2, 4]])
 _TEXTS = Arg(("words", "names", "strings", "items"), "list[str]", _words, [[], ["a"], ["noon", "noon"], ["egg", "eel", "ice"], ["tree", "book"]])
 _DICTS = Arg(("d", "scores", "table"), "dict[str, int]", _dict, [{}, {"a": 0}, {"a": 1, "b": 1}, {"x": -3, "noon": 7, "a": 7}])
 _WORD = Arg(("word", "s", "name"), "str", _of(WORDS), ["", "a", "aaa", "noon", "ab"])
@@ -423,17 +444,19 @@ ARGS = {
     "s": Arg(("sentence", "text", "s"), "str", lambda rng, hints: " ".join(_words(rng, hints)), ["", "a", "noon noon", "at a zoo"]),
     "csv": Arg(("line", "text", "s"), "str", lambda rng, hints: ",".join(_words(rng, hints)), ["a", "egg,egg", "at,a,zoo"]),
     "grid": Arg(("grid", "rows", "matrix"), "list[list[int]]", _grid, [[[0]], [[1, 2], [3, 4]], [[5], [5], [-5]], []]),
-    "square": Arg(("matrix", "grid", "square"), "list[list[int]]", _square, [[[0]], [[1, 2], [3, 4]], []]),
+    "square": Arg(("board", "table", "m"), "list[list[int]]", _square, [[[0]], [[1, 2], [3, 4]], []]),
     "year": Arg(("year", "y"), "int", _within(1890, 2030), [1900, 2000, 2004, 2023, 2100, 2400, 1996]),
 }
 LOCALS = {  # what else is called what; a name that is taken is not taken twice
-    "x": ("x", "v", "item"), "y": ("y", "value", "new"), "acc": ("total", "result", "acc", "count"), "out": ("result", "out", "res"),
+    "x": ("x", "v", "item"), "y": ("y", "value", "new"),
+    "acc": ("total", "result", "acc", "count"), "out": ("result", "out", "res"),
     "best": ("best", "top", "found"), "vals": ("vals", "kept", "chosen"), "counts": ("counts", "freq"), "i": ("i", "idx"),
     "row": ("row", "line"), "col": ("col", "column"), "found": ("found", "hits"), "yes": ("yes", "first"), "no": ("no", "rest"),
     "sums": ("sums", "totals"), "run": ("run", "current"), "key": ("key", "k"), "abc": ("abc", "letters"), "ch": ("ch", "c"),
 }
 CONSTANTS = {
-    "K": (2, 3, 4, 5, 6, 7), "T": tuple(range(2, 21)), "U": (8, 9, 10, 12, 15, 20), "B": (2, 3, 8), "C": tuple("aeionrstl"), "V": tuple("bxyz"),
+    "K": (2, 3, 4, 5, 6, 7), "T": tuple(range(2, 21)), "U": (8, 9, 10, 12, 15, 20), "B": (2, 3, 8),
+    "C": tuple("aeionrstl"), "V": tuple("bxyz"),
     "W": ("hello", "kite", "moon", "stone"), "Z": ("-", ",", " ", "/", "+"), "P": ("*", "#", "."),
 }
 LABELS = (("high", "medium", "low"), ("big", "middle", "small"), ("A", "B", "C"), ("fizz", "buzz", "none"), ("yes", "maybe", "no"))
@@ -468,8 +491,8 @@ def _write(code: str, hole: int = -1, slip: int = 0) -> str:
 
 
 def _fix(block: Block, rng: random.Random) -> Block:
-    """Put constants in for the capital names of a block."""
-    if not any("$" in text for text in (block.text, *block.code)):
+    """Put constants in for the capital names of a block, whose key then ends in #."""
+    if not any(_CONSTANT.search(text) for text in (block.text, *block.code)):
         return block
     values: dict[str, Any] = {}
 
@@ -481,17 +504,27 @@ def _fix(block: Block, rng: random.Random) -> Block:
         return _CONSTANT.sub(lambda found: value(found, quote), text)
 
     text, more = put(block.text, repr), put(block.more, repr)
-    return block._replace(text=text, more=more, code=tuple(put(code, json.dumps) for code in block.code))
+    return block._replace(key=block.key + "#", text=text, more=more, code=tuple(put(code, json.dumps) for code in block.code))
 
 
-def _atom(code: str) -> str:
-    """Parenthesise an expression that an operator beside it would tear apart."""
-    depth = 0
-    for char in code:
-        depth += (char in "([{") - (char in ")]}")
-        if (char == " " and not depth) or code[0] == "-":
-            return f"({code})"
-    return code
+def _put(outer: str, inner: str) -> str:
+    """Put an expression in the place of $x, in parentheses where an operator would tear it apart."""
+    top, nested = re.sub(r"«([^|«»]*)\|[^«»]*»", r"\1", inner), ""
+    while top != nested:  # until only what stands outside all brackets is left
+        top, nested = re.sub(r"\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}|\"[^\"]*\"", "", top), top
+    loose = re.search(r"\b(if|and|or|not|in)\b|[<>=]", top)
+    torn = (" " in top or inner[0] == "-") and re.search(r"\$x»|\$x «?([-%*/+]|\.|\[)|\$x[.\[]|[-%*/+]» ?\$x|[-*/+]\$x", outer)
+    return outer.replace("$x", f"({inner})" if (loose or torn) and outer != "$x" else inner)
+
+
+def _guard(test: str) -> str:
+    """Parenthesise a condition that `not` or another condition would tear apart."""
+    return f"({test})" if re.search(r"\b(and|or|if)\b", test) else test
+
+
+def _insert(text: str, **pieces: str) -> str:
+    """Put pieces of text in for the names they go by, and leave all other names."""
+    return _NAME.sub(lambda found: pieces.get(found[1], found[0]), text)
 
 
 def _plural(text: str) -> str:
@@ -536,26 +569,28 @@ def _by(blocks: Iterable[Block], key: Callable[[Block], str]) -> dict[str, list[
 FILTERS_OF = {kind: [b for b in FILTERS if b.kind == kind] for kind in "isc"}
 MAPS_OF = _by(MAPS, lambda block: block.kind[0])
 COLLECTION_MAPS_OF = _by(COLLECTION_MAPS, lambda block: block.kind[0])
-LIST_MAPS_OF = _by(LIST_MAPS, lambda block: block.kind[0])
 SOURCES_OF = _by(SOURCES, lambda block: block.key)
+MEASURES_OF = {  # maps to a number that has a name
+    kind: [block for block in (*MAPS, *COLLECTION_MAPS) if block.kind == f"{kind}>i" and _attribute(block)] for kind in "isl"
+}
 PROGRAMS_OF = _by(PROGRAMS, lambda block: block.kind.split(":")[0])
 
 
 def _filter(rng: random.Random, kind: str) -> Block:
     """Choose a filter, sometimes on an attribute: 'words whose length is even'."""
-    maps = [block for block in MAPS_OF[kind] if _attribute(block)] if kind in "is" else []
-    if not maps or rng.random() < 0.75:
+    maps = [block for block in MAPS_OF[kind] if _attribute(block) and block.key != "negate"] if kind in "is" else []
+    if not maps or rng.random() < 0.85:
         return _fix(rng.choice(FILTERS_OF[kind]), rng)
     inner = _fix(rng.choice(maps), rng)
     outer = _fix(rng.choice(FILTERS_OF[inner.kind[-1]]), rng)
-    name, code = _single(_attribute(inner)), outer.code[0].replace("$x", _atom(inner.code[0]))
+    name, code = _single(_attribute(inner)), _put(outer.code[0], inner.code[0])
     has = f"has {'an' if name[0] in 'aeiou' else 'a'} {name} that {_is(outer)}"
     return Block(f"{inner.key}_{outer.key}", kind, f"@ whose {name} {_is(outer)}", (code,), has)
 
 
 def _map(rng: random.Random, kind: str) -> Block:
     """Choose a map, sometimes one that depends on a condition or labels items by two of them."""
-    if kind == "c" or rng.random() < 0.8:
+    if kind == "c" or rng.random() < 0.88:
         return _fix(rng.choice(MAPS_OF[kind]), rng)
     test = _filter(rng, kind)
     if rng.random() < 0.5:
@@ -571,36 +606,37 @@ def _map(rng: random.Random, kind: str) -> Block:
 
 def _pieces(head: str, item: str, test: str, value: str) -> dict[str, str]:
     """Spell the comprehension parts of a pipeline: $gen, $src, $tail, $pred, $v, $vbest."""
-    source = f"[{item} for {head}]" if item else head.split(" in ", 1)[1]
-    target = "$x" if item else head.split(" in ", 1)[0]
+    target, source = head.split(" in ", 1)
+    target, source = ("$x", f"[{item} for {head}]") if item else (target, source)
     tail = f"for {target} in {source}" + (f"« if {test}|»" if test else "")
-    gen = f"{item} for {head}" if item and not test and value == "$x" else f"«{value}|$x» {tail}" if value != "$x" else f"$x {tail}"
-    best = value.replace("$x", "$best")
-    return {"gen": gen, "src": source, "tail": tail, "pred": test, "v": value, "vbest": best}
+    gen = f"«{value}|$x» {tail}" if value != "$x" else f"$x {tail}"
+    if item and not test and value == "$x":
+        gen = f"{item} for {head}"
+    return {"gen": gen, "src": source, "tail": tail, "pred": test, "v": value, "vbest": value.replace("$x", "$best")}
 
 
 def _expand(style: str, head: str, item: str, test: str, value: str) -> str:
     """Put a source, a filter and a map into the template of a consumer."""
     pieces = _pieces(head, item, test, value)
-    negated = f"({test})" if " and " in test or " or " in test else test
-    style = style.replace("not $pred", f"not {negated}")
-    if not test and value == "$x" and not item:  # nothing to do to the items: name the source itself
-        style = re.sub(r"\[\$gen\]", "list($gen)", style.replace("(($gen)", "($gen")).replace("$gen", "$src")
+    style = style.replace("not $pred", f"not {_guard(test)}")
     if not test:
-        style = style.replace("[$x $tail]", "$src")
+        style = style.replace("([$x $tail]", "($src").replace("= [$x $tail]", "= list($src)")
+        if value == "$x" and not item:  # nothing is done to the items: name the source itself
+            copy = "$src" if re.match(r"\[|\$[xw]s\[", pieces["src"]) else "list($src)"
+            style = style.replace("[$gen]", copy).replace("next(($gen)", "next(iter($src)")
+            style = style.replace("(($gen)", "($gen").replace("$gen", "$src")
     lines, shift = [], ""
     for line in style.split("\n"):
         if line == "$loop":
-            lines.append(f"for {head}:")
-            lines += [f"    $x = {item}"] if item else []
-            lines += [f"    if «{test}|not {negated}»:"] if test else []
-            shift = "    " if test else ""
-            if style.count("$v") - style.count("$vals") - style.count("$vbest") > 1 and value != "$x":
+            lines += [f"for {head}:"] + [f"    $x = {item}"] * bool(item)
+            lines += [f"    if «{test}|not {_guard(test)}»:"] * bool(test)
+            shift = "    " * bool(test)
+            if len(re.findall(r"\$v\b", style)) > 1 and value != "$x":  # give the mapped item a name
                 lines.append(f"    {shift}$y = «{value}|$x»")
                 pieces["v"] = "$y"
         else:
             lines.append(shift + line if line.startswith("    ") else line)
-    return re.sub(r"\$(gen|src|tail|pred|vbest|v)\b", lambda found: pieces[found[1]], "\n".join(lines))
+    return _insert("\n".join(lines), **pieces)
 
 
 def _finish(style: str, wrap: str) -> list[str]:
@@ -610,16 +646,20 @@ def _finish(style: str, wrap: str) -> list[str]:
     slip = "«|    »" if lines and lines[-1].startswith("    ") and "return" not in lines[-1] else ""
     if not wrap:
         return ["\n".join([*lines, f"{slip}return {result}"])]
-    inline = "\n".join([*lines, f"{slip}return {wrap.replace('$x', _atom(result))}"])
-    stepped = "\n".join([*lines, f"$y = {result}", f"{slip}return «{wrap.replace('$x', '$y')}|$y»"])
+    inline = "\n".join([*lines, f"{slip}return {_put(wrap, result)}"])
+    stepped = "\n".join([*lines, f"$y = {result}", f"return «{wrap.replace('$x', '$y')}|$y»"])
     return [stepped] if wrap.count("$x") > 1 or len(result) > 40 else [inline, stepped]
+
+
+def _finished(styles: Iterable[str], wrap: str = "") -> list[str]:
+    return [done for style in styles for done in _finish(style, wrap)]
 
 
 def _wrapper(rng: random.Random, kind: str) -> Block | None:
     """Choose what to do with a result: a question about it, or one more map."""
     if kind in "is" and rng.random() < 0.5:
         return _fix(rng.choice(FILTERS_OF[kind]), rng)
-    maps = {**MAPS_OF, **LIST_MAPS_OF}.get(kind, []) + COLLECTION_MAPS_OF.get(kind, [])
+    maps = MAPS_OF.get(kind, []) + COLLECTION_MAPS_OF.get(kind, [])
     maps = [block for block in maps if block.text.endswith(" of #")]
     return _fix(rng.choice(maps), rng) if maps else None
 
@@ -643,26 +683,28 @@ def _fits(consumer: Block, items: str, test: Block | None, change: Block | None,
     return (change.kind[-1] if change else items) in kinds and bool(consumer.more or not change or change.text[0] != "#")
 
 
-def _sentence(rng: random.Random, source: Block, test: Block | None, change: Block | None, consumer: Block, wrapper: Block | None) -> str:
-    """Say what a pipeline does, in one noun phrase or step by step."""
+def _sentence(rng: random.Random, source: Block, *parts: Block | None) -> str:
+    """Say what a pipeline of filter, map, consumer and wrapper does, in one noun phrase or step by step."""
+    test, change, consumer, wrapper = parts
     noun, place = _say(source.text, rng), _say(source.more, rng)
     filtered = test.text.replace("@", _plural(noun)) if test else _plural(noun)
     items = f"{filtered} {place}"
+    if test and re.fullmatch(r"of \$\w+", place):  # 'divisors of n above 3', but 'numbers above 3 in xs'
+        items = test.text.replace("@", f"{_plural(noun)} {place}")
     nominal = change is None or change.text[0] != "#"
     steps = test is not None or change is not None
     if consumer.more and not wrapper and ((steps and rng.random() < 0.3) or not nominal):
-        parts = [f"take the {_plural(noun)} {place.rstrip(',')}"]
-        parts += [f"keep the {test.text.replace('@', 'ones')}"] if test else []
-        parts += [change.more] if change else []
-        return f"{', '.join(parts)} and return {consumer.more}"
+        done = [f"take the {_plural(noun)} {place.rstrip(',')}"]
+        done += [f"keep the {test.text.replace('@', 'ones')}"] if test else []
+        done += [change.more] if change else []
+        return f"{', '.join(done)}, and return {consumer.more}"
     names = {
         "all": "the " + (_plural(change.text).replace("#", f"the {items}") if change and nominal else items),
         "items": items, "plain": f"the {_plural(noun)} {place}", "is": _is(test) if test else "",
         "attr": _single(_attribute(change)) if change else "",
         "each": f"{_single(noun)} {place} {_is(test)}" if test else "",
     }
-    text = re.sub(r"\$(all|items|plain|is|attr|each)\b", lambda found: names[found[1]], consumer.text)
-    return "return " + _wrapped(text, wrapper)
+    return "return " + _wrapped(_insert(consumer.text, **names), wrapper)
 
 
 def _flow(rng: random.Random, family: str) -> Draft:
@@ -682,34 +724,37 @@ def _flow(rng: random.Random, family: str) -> Draft:
         head, _, item = last.partition(" => ")
         style = _expand(template, head, item, test.code[0] if test else "", change.code[0] if change else "$x")
         styles += _finish("\n".join([*setup, style]), wrapper.code[0] if wrapper else "")
-    parts = [f"{family}{index}", *(block.key if block else "" for block in (test, change, consumer, wrapper))]
-    return Draft(family, tuple(parts), _sentence(rng, source, test, change, consumer, wrapper), styles, source.args.split(), source.kind)
+    parts = (test, change, consumer, wrapper)
+    combination = (f"{family}{index}", *(block.key if block else "" for block in parts))
+    text = _sentence(rng, source, *parts)
+    return Draft(family, combination, text, styles, source.args.split(), source.kind)
 
 
 def _program(rng: random.Random, family: str) -> Draft:
     """Take a whole program, mostly with a question or a map on top of it."""
     block = _fix(rng.choice(PROGRAMS_OF[family]), rng)
-    kind, args = block.kind[-1], block.args.split()
-    if family == "tests":
-        return _test(rng, block, args)
-    wrapper = _wrapper(rng, kind) if rng.random() < 0.6 else None
-    styles = [style for code in block.code for style in _finish(code, wrapper.code[0] if wrapper else "")]
+    usable = [code for code in block.code if "return" not in code]  # only the end of a program is wrapped
+    wrapper = _wrapper(rng, block.kind[-1]) if usable and rng.random() < 0.6 else None
+    styles = _finished(usable if wrapper else block.code, wrapper.code[0] if wrapper else "")
     text = "return " + _wrapped(f"the {block.text}", wrapper)
-    return Draft(family, (block.key, wrapper.key if wrapper else ""), text, styles, args, "i")
+    return Draft(family, (block.key, wrapper.key if wrapper else ""), text, styles, block.args.split(), "i")
 
 
-def _test(rng: random.Random, block: Block, args: list[str]) -> Draft:
+def _test(rng: random.Random, family: str) -> Draft:
     """Ask whether something holds, mostly together with a condition on the first argument."""
+    block = _fix(rng.choice(PROGRAMS_OF[family]), rng)
+    args = block.args.split()
     kind = {"w": "s", "p": "i", "year": "i"}.get(args[0])
     if kind is None or rng.random() < 0.3:
-        return Draft("tests", (block.key, ""), f"return whether {block.text}", [s for code in block.code for s in _finish(code, "")], args)
+        return Draft(family, (block.key, ""), f"return whether {block.text}", _finished(block.code), args)
     test, word = _filter(rng, kind), rng.choice(("and", "or"))
-    code = test.code[0].replace("$x", f"${args[0]}")
-    extra = f"({code})" if " and " in code or " or " in code else code
-    styles = [style for body in block.code if body.startswith("= ") for style in _finish(f"{body} «{word}|{'or' if word == 'and' else 'and'}» {extra}", "")]
-    early = f"if not {extra}:\n    return False\n" if word == "and" else f"if {extra}:\n    return True\n"
-    styles += [style for body in block.code for style in _finish(early + body, "")]
-    return Draft("tests", (block.key, word, test.key), f"return whether {block.text}, {word} ${args[0]} {_is(test)}", styles, args)
+    condition = _guard(test.code[0].replace("$x", f"${args[0]}"))
+    early = f"if not {condition}:\n    return False\n" if word == "and" else f"if {condition}:\n    return True\n"
+    joined = f"«{word}|{'or' if word == 'and' else 'and'}» {condition}"
+    short = [f"= {_guard(body[2:])} {joined}" for body in block.code if body.startswith("= ")]
+    styles = _finished([*short, *(early + body for body in block.code)])
+    text = f"return whether {block.text}, {word} ${args[0]} {_is(test)}"
+    return Draft(family, (block.key, word, test.key), text, styles, args)
 
 
 def _scalar(rng: random.Random) -> tuple[str, str]:
@@ -721,20 +766,22 @@ def _branch(rng: random.Random, family: str) -> Draft:
     arg, kind = _scalar(rng)
     tests = [_filter(rng, kind) for _ in range(rng.choice((1, 1, 2)))]
     out = rng.choice("is" if kind == "s" else "i")
-    ways = [_fix(block, rng) for block in rng.sample([b for b in MAPS_OF[kind] if b.kind[-1] == out], len(tests) + 1)]
-    values = [way.code[0] for way in ways]
+    maps = [block for block in MAPS_OF[kind] if block.kind[-1] == out]
+    ways = [_fix(block, rng) for block in rng.sample(maps, len(tests) + 1)]
     says = [("the " if way.text[0] != "#" else "") + _single(way.text).replace("#", f"${arg}") for way in ways]
     clauses = [f"{says[i]} if {'it' if i else f'${arg}'} {_is(test)}" for i, test in enumerate(tests)]
     text = f"return {', else '.join(clauses)}, and {says[-1]} otherwise"
-    return Draft("branch", tuple(b.key for b in (*tests, *ways)), text, _choose(tests, values, arg), [arg], kind)
+    styles = _choose([test.code[0] for test in tests], [way.code[0] for way in ways], arg)
+    return Draft(family, tuple(b.key for b in (*tests, *ways)), text, styles, [arg], kind)
 
 
-def _choose(tests: list[Block], values: list[str], arg: str) -> list[str]:
+def _choose(tests: list[str], values: list[str], arg: str) -> list[str]:
     """Write a decision as early returns, as if/elif/else, and as an expression."""
-    conditions = [f"«{test.code[0]}|not ({test.code[0]})»" for test in tests]
+    conditions = [f"«{test}|not ({test})»" for test in tests]
     swapped = [f"«{value}|{values[i - 1]}»" for i, value in enumerate(values)]
-    early = "\n".join(f"if {c}:\n    return {v}" for c, v in zip(conditions, swapped, strict=False))
-    chain = "\nel".join(f"if {c}:\n    $out = {v}" for c, v in zip(conditions, swapped, strict=False))
+    ways = list(zip(conditions, swapped[:-1], strict=True))
+    early = "\n".join(f"if {condition}:\n    return {value}" for condition, value in ways)
+    chain = "\nel".join(f"if {condition}:\n    $out = {value}" for condition, value in ways)
     styles = [f"{early}\nreturn {swapped[-1]}", f"{chain}\nelse:\n    $out = {swapped[-1]}\nreturn $out"]
     if len(tests) == 1:
         styles.append(f"return {swapped[0]} if {conditions[0]} else {swapped[1]}")
@@ -742,87 +789,66 @@ def _choose(tests: list[Block], values: list[str], arg: str) -> list[str]:
 
 
 def _grade(rng: random.Random, family: str) -> Draft:
-    """Label a number by two thresholds."""
+    """Label an argument, or an attribute of it, by two thresholds."""
     arg, kind = rng.choice((("a", "i"), ("p", "i"), ("w", "s"), ("xs", "l")))
-    maps = MAPS_OF[kind] if kind in "is" else COLLECTION_MAPS_OF[kind]
-    change = _fix(rng.choice([b for b in maps if _attribute(b) and b.kind[-1] == "i"]), rng)
-    plain = kind == "i" and rng.random() < 0.4
-    value = f"${arg}" if plain else change.code[0].replace("$x", f"${arg}")
-    subject = f"${arg}" if plain else f"the {_single(_attribute(change))} of ${arg}"
+    change = None if kind == "i" and rng.random() < 0.4 else _fix(rng.choice(MEASURES_OF[kind]), rng)
+    value = change.code[0] if change else "$x"
+    subject = f"the {_single(_attribute(change))} of ${arg}" if change else f"${arg}"
+    sign, slip, words = rng.choice(((">=", ">", "at least"), (">", ">=", "greater than"), ("<", "<=", "less than")))
     low = rng.randrange(1, 8)
-    high, labels = low + rng.randrange(2, 10), rng.choice(LABELS)
-    sign, wrong, words = rng.choice(((">=", ">", "at least"), (">", ">=", "greater than"), ("<", "<=", "less than")))
-    first, second = (low, high) if sign == "<" else (high, low)
-    tests = [f"{value} «{sign}|{wrong}» {first}", f"{value} «{sign}|{wrong}» {second}"]
-    quoted = [json.dumps(label) for label in labels]
-    text = f"return '{labels[0]}' if {subject} is {words} {first}, '{labels[1]}' if it is {words} {second}, and '{labels[2]}' otherwise"
-    key = ("plain" if plain else change.key, words)
-    return Draft("grade", (arg, *key), text, _choose([change._replace(code=(t,)) for t in tests], quoted, arg), [arg], kind)
+    limits = sorted((low, low + rng.randrange(2, 10)), reverse=sign != "<")
+    labels = rng.choice(LABELS)
+    text = (f"return '{labels[0]}' if {subject} is {words} {limits[0]}, "
+            f"'{labels[1]}' if it is {words} {limits[1]}, and '{labels[2]}' otherwise")
+    styles = _choose([f"{value} «{sign}|{slip}» {limit}" for limit in limits], [json.dumps(label) for label in labels], arg)
+    return Draft(family, (arg, change.key if change else "", words + "#"), text, styles, [arg], kind)
 
 
 def _compare(rng: random.Random, family: str) -> Draft:
     """Set the same attribute of two arguments against each other."""
-    one, two, kind = rng.choice((("a", "b", "i"), ("p", "q", "i"), ("w", "w2", "s"), ("xs", "ys", "l")))
-    maps = MAPS_OF[kind] if kind in "is" else COLLECTION_MAPS_OF[kind]
-    change = _fix(rng.choice([b for b in maps if _attribute(b) and b.kind[-1] == "i"]), rng)
-    name, f, g = _single(_attribute(change)), *(_atom(change.code[0].replace("$x", f"${arg}")) for arg in (one, two))
-    form = rng.choice(("larger", "smaller", "same", "sum", "difference", "sign", "exceeds"))
-    sign, wrong = (">=", "<=") if form == "larger" else ("<=", ">=")
-    pick = f"«{'max' if form == 'larger' else 'min'}|{'min' if form == 'larger' else 'max'}»"
-    text, styles = {
-        "same": (f"whether ${one} and ${two} have the same {name}", [f"= {f} «==|!=» {g}", f"if {f} «!=|==» {g}:\n    return False\n= True"]),
-        "sum": (f"the {name} of ${one} plus the {name} of ${two}", [f"= {f} «+|-» «{g}|{f}»"]),
-        "difference": (f"the {name} of ${one} minus the {name} of ${two}", [f"= {f} «-|+» {g}"]),
-        "exceeds": (f"whether the {name} of ${one} is greater than the {name} of ${two}", [f"= {f} «>|>=|<» {g}", f"if {f} «>|>=|<» {g}:\n    return True\n= False"]),
-        "sign": (f"-1, 0 or 1 if the {name} of ${one} is less than, equal to or greater than that of ${two}", [f"if {f} == {g}:\n    return 0\n= 1 if {f} «>|<» {g} else -1", f"if {f} «<|<=|>» {g}:\n    return -1\nif {f} > {g}:\n    return 1\n= 0"]),
-    }.get(form, (f"whichever of ${one} and ${two} has the {form} {name}, ${one} «on ties|if they are equal»",
-                 [f"if {f} «{sign}|{sign[0]}|{wrong}» {g}:\n    return «${one}|${two}»\n= ${two}", f"= {pick}(${one}, ${two}, key=lambda $x: {change.code[0]})", f"= ${one} if {f} «{sign}|{sign[0]}|{wrong}» {g} else ${two}"]))
-    return Draft("compare", (kind, change.key, form), f"return {text}", [s for style in styles for s in _finish(style, "")], [one, two], kind)
+    *args, kind = rng.choice((("a", "b", "i"), ("p", "q", "i"), ("w", "w2", "s"), ("xs", "ys", "l")))
+    change, form = _fix(rng.choice(MEASURES_OF[kind]), rng), rng.choice(COMPARISONS)
+    one, two = (f"${arg}" for arg in args)
+    f, g = (change.code[0].replace("$x", arg) for arg in (one, two))
+    text = _insert(form.text, one=one, two=two, name=_single(_attribute(change)))
+    styles = [_insert(style, one=one, two=two, f=f, g=g, v=change.code[0]) for style in form.code]
+    return Draft(family, (kind, change.key, form.key), f"return {text}", _finished(styles), args, kind)
 
 
 def _entries(rng: random.Random, family: str) -> Draft:
-    """Filter the entries of a dict by key or value, and change the keys or values that stay."""
-    side = rng.choice(("key", "value"))
+    """Filter the entries of a dict by key or value, and take what is wanted of those that stay."""
+    side, form = rng.choice(("key", "value")), rng.choice(ENTRIES)
     test = _filter(rng, "s" if side == "key" else "i")
-    change = _fix(rng.choice([b for b in MAPS_OF["i"] if _attribute(b)]), rng) if rng.random() < 0.6 else None
-    condition = test.code[0].replace("$x", "k" if side == "key" else "v")
-    value = change.code[0].replace("$x", "v") if change else "v"
-    text = f"the entries of $d whose {side} {_is(test)}" + (f", with each value replaced by its {_single(_attribute(change))}" if change else "")
-    maker = rng.choice(("dict", "keys")) if not change else "dict"
-    guard = f"« if {condition}|»"
-    if maker == "keys":
-        text = f"return a list of the keys of $d whose {'value' if side == 'value' else 'text'} {_is(test)}"
-        styles = [f"= [«k|v» for k, v in $d.items(){guard}]", f"$out = []\nfor k, v in $d.items():\n    if «{condition}|not ({condition})»:\n        $out.append(«k|v»)\n= $out"]
-    else:
-        text = f"return a dict of {text}"
-        styles = [f"= {{k: «{value}|v» for k, v in $d.items(){guard}}}", f"$out = {{}}\nfor k, v in $d.items():\n    if «{condition}|not ({condition})»:\n        $out[k] = «{value}|v»\n= $out"]
-    return Draft("entries", (side, maker, test.key, change.key if change else ""), text, [s for style in styles for s in _finish(style, "")], ["d"], "i")
+    change = _fix(rng.choice([block for block in MAPS_OF["i"] if _attribute(block)]), rng)
+    pred, new = test.code[0].replace("$x", side[0]), change.code[0].replace("$x", "v")
+    entries = f"entries of $d whose {side} {_is(test)}"
+    text = _insert(form.text, entries=entries, attr=_single(_attribute(change)))
+    styles = [_insert(style, pred=pred, neg=_guard(pred), new=new) for style in form.code]
+    combination = (side, form.key, test.key, change.key if form.key == "changed" else "")
+    return Draft(family, combination, f"return {text}", _finished(styles), ["d"])
 
 
 def _chain(rng: random.Random, family: str) -> Draft:
     """Apply one map after another to a number or a word, and perhaps ask a question of the result."""
     arg, kind = _scalar(rng)
-    maps: list[Block] = []
-    for _ in range(2):
-        now = maps[-1].kind[-1] if maps else kind
-        options = [b for b in MAPS_OF[now] if _attribute(b) and b.key not in [m.key for m in maps]]
-        maps.append(_fix(rng.choice(options), rng))
-    test = _filter(rng, maps[-1].kind[-1]) if rng.random() < 0.5 else None
-    inner, outer = (block.code[0] for block in maps)
-    text = "the " + _single(maps[1].text).replace("#", "the " + _single(maps[0].text).replace("#", f"${arg}"))
-    first = inner.replace("$x", f"${arg}")
-    styles = [f"$y = «{first}|${arg}»\n= {outer.replace('$x', '$y')}", f"= «{outer.replace('$x', _atom(first))}|{first}»"]
-    if outer.count("$x") > 1:
-        styles.pop()
-    text = f"whether {text} {_is(test)}" if test else text
-    styles = [s for style in styles for s in _finish(style, test.code[0] if test else "")]
-    return Draft("chain", (kind, *(b.key for b in maps), test.key if test else ""), f"return {text}", styles, [arg], kind)
+    first = _fix(rng.choice([b for b in MAPS_OF[kind] if _attribute(b)]), rng)
+    second = _fix(rng.choice([b for b in MAPS_OF[first.kind[-1]] if _attribute(b) and b.key not in first.key]), rng)
+    test = _filter(rng, second.kind[-1]) if rng.random() < 0.5 else None
+    inner, outer = first.code[0].replace("$x", f"${arg}"), second.code[0]
+    text = "the " + _single(second.text).replace("#", "the " + _single(first.text).replace("#", f"${arg}"))
+    text = f"return whether {text} {_is(test)}" if test else f"return {text}"
+    styles = [f"$y = «{inner}|${arg}»\n= {outer.replace('$x', '$y')}"]
+    styles += [f"= «{_put(outer, inner)}|{inner}»"] * (outer.count("$x") == 1)
+    combination = (kind, first.key, second.key, test.key if test else "")
+    return Draft(family, combination, text, _finished(styles, test.code[0] if test else ""), [arg], kind)
 
 
 MAKERS: dict[str, tuple[Callable[[random.Random, str], Draft], float]] = {  # and how often each is drawn
-    **{family: (_flow, 1.0) for family in SOURCES_OF}, **{family: (_program, 1.5) for family in PROGRAMS_OF},
-    "branch": (_branch, 1.5), "grade": (_grade, 1.0), "compare": (_compare, 1.0), "entries": (_entries, 1.0), "chain": (_chain, 1.0),
+    **{family: (_flow, 1.0) for family in SOURCES_OF},
+    **{family: (_program, 1.5) for family in PROGRAMS_OF},
     "numbers": (_flow, 3.0), "words": (_flow, 2.0), "characters": (_flow, 1.5), "range": (_flow, 1.5),
+    "tests": (_test, 1.5), "branch": (_branch, 1.5), "grade": (_grade, 1.0), "compare": (_compare, 1.0),
+    "entries": (_entries, 1.0), "chain": (_chain, 1.0),
 }
 FAMILIES = tuple(MAKERS)
 _WEIGHTS = tuple(weight for _, weight in MAKERS.values())
@@ -843,36 +869,36 @@ class Sketch(NamedTuple):
     args: list[str]
 
 
-_VERBS = {"return": ("Return", "Return", "Return", "Return", "Find", "Compute", "Give"), "take": ("Take",), "whether": ("Return whether", "Return whether", "Check whether", "Tell whether")}
+_VERBS = {
+    "return": ("Return", "Return", "Return", "Return", "Find", "Compute", "Give"),
+    "take": ("Take",),
+    "return whether": ("Return whether", "Return whether", "Check whether", "Tell whether"),
+}
 
 
 def _name(draft: Draft, rng: random.Random) -> dict[str, str]:
     """Choose the names of a draft, each name once."""
     names: dict[str, str] = {}
-    wanted = [*draft.args, *dict.fromkeys(_NAME.findall("\n".join(draft.styles)))]
-    for name in wanted:
-        pool = ARGS[name].names if name in draft.args else LOOKS.get(draft.kind, LOCALS["x"]) if name == "x" else LOCALS.get(name, (name, name + "1"))
-        free = [n for n in pool if n not in names.values()] or [name + "_"]
-        names.setdefault(name, rng.choice(free))
+    pools = {**LOCALS, "x": LOOKS.get(draft.kind, LOCALS["x"]), **{arg: ARGS[arg].names for arg in draft.args}}
+    for name in dict.fromkeys([*draft.args, *_NAME.findall("\n".join(draft.styles))]):
+        free = [other for other in pools.get(name, (name, name + "1")) if other not in names.values()]
+        names[name] = rng.choice(free or [name + "_"])
     return names
 
 
 def _title(draft: Draft, rng: random.Random) -> str:
     """Make a function name of two or three words out of the keys of the blocks."""
-    words = [word for word in (re.sub(r"\d", "", part) for part in draft.combination) if len(word) > 2]
+    words = [word for word in re.findall(r"[a-z_]+", " ".join(draft.combination)) if len(word) > 2]
     if rng.random() < 0.5:
         words = words[1:] + words[:1]
-    words = "_".join(words[-2:]).split("_")[:3] or ["solve"]
-    name = "_".join(dict.fromkeys(words))
+    name = "_".join(dict.fromkeys("_".join(words[-2:]).split("_")[:3])) or "solve"
     return f"{draft.family}_{name}" if "_" not in name and rng.random() < 0.5 else name
 
 
 def _open(text: str, rng: random.Random) -> str:
-    """Begin the sentence: 'Return the sum', 'Check whether'."""
-    verb, rest = text.split(" ", 1)
-    if rest.startswith("whether "):
-        return f"{rng.choice(_VERBS['whether'])} {rest[8:]}."
-    return f"{rng.choice(_VERBS[verb])} {rest}."
+    """Begin the sentence: 'Find the sum', 'Check whether'."""
+    verb = next(verb for verb in reversed(_VERBS) if text.startswith(verb))
+    return f"{rng.choice(_VERBS[verb])}{text[len(verb):].rstrip(',').replace(',,', ',')}."
 
 
 def _sketch(rng: random.Random, family: str = "") -> Sketch:
@@ -915,11 +941,14 @@ _LOOP = re.compile(r"while (.*):\n")
 
 
 def _load(code: str, entry_point: str) -> Callable:
-    """Compile a program; its while loops give up after a thousand rounds (a slip may never end)."""
-    rounds = itertools.count()
+    """Compile a program of this file; its while loops give up after many rounds, as a slip may never end."""
+    rounds = 0
 
     def tick() -> bool:
-        if next(rounds) > 20_000:
+        nonlocal rounds
+        rounds += 1
+        if rounds > 20_000:
+            rounds = 0
             raise TimeoutError("a while loop does not end")
         return True
 
@@ -1046,7 +1075,8 @@ def _dump(node: Any, rename: Callable[[str], str]) -> str:
     for field in node._fields:
         if field not in _IGNORED:  # ... and so the form is the same on every version of Python
             value = getattr(node, field)
-            parts.append(rename(value) if field in ("name", "arg") and isinstance(value, str) and not isinstance(node, ast.keyword | ast.alias) else _dump(value, rename))
+            is_name = field in ("name", "arg") and isinstance(node, ast.FunctionDef | ast.arg)
+            parts.append(rename(value) if is_name else _dump(value, rename))
     return f"{type(node).__name__}({' '.join(parts)})"
 
 
@@ -1071,33 +1101,33 @@ def held_out(problems: Iterable[dict]) -> frozenset[str]:
 
 def _evaluation(seed: int, count: int) -> list[dict]:
     """Draw problems of all families in turn: seven in ten a combination that is held out everywhere."""
-    rng, out, forms, combinations = random.Random(seed), [], set(), set()
+    rng, forms, combinations = random.Random(seed), set(), set()
+    out: list[dict] = []
     while len(out) < count:
         item = problem(rng, FAMILIES[len(out) % len(FAMILIES)])
-        item["novel"] = (len(out) // len(FAMILIES) + len(out)) % 10 < 7
-        form = normal_form(item["prompt"] + item["canonical_solution"])
-        blocks = [part for part in item["combination"].split(":")[1:] if part]
-        known = bool(re.search(r"\d|'", docstring(item["prompt"])))  # a known combination, with other constants
-        if form in forms or item["combination"] in combinations or not (len(blocks) > 2 if item["novel"] else known):
-            continue
-        forms.add(form)
-        combinations.add(item["combination"])
-        out.append({**item, "task_id": f"PocketEval/{len(out)}"})
+        form, combination = normal_form(item["prompt"] + item["canonical_solution"]), item["combination"]
+        novel = (len(out) // len(FAMILIES) + len(out)) % 10 < 7
+        blocks = len([part for part in combination.split(":")[1:] if part]) - (item["family"] in SOURCES_OF)
+        fits = blocks >= 2 if novel else "#" in combination  # else known, but with other constants
+        if fits and form not in forms and combination not in combinations:
+            forms.add(form)
+            combinations.add(combination)
+            out.append({**item, "novel": novel, "task_id": f"PocketEval/{len(out)}"})
     return out
 
 
 def split(seed: int, train: int, preference: int, evaluation: int) -> dict[str, list[dict]]:
     """Make three lists of problems, no two of which share a normal form or a docstring."""
-    lists = {"evaluation": _evaluation(3 * seed, evaluation), "preference": [], "train": []}
+    lists = {"evaluation": _evaluation(3 * seed, evaluation)}
     taken = set(held_out(lists["evaluation"]))
-    for offset, (name, prefix, count) in enumerate((("preference", "PocketPref", preference), ("train", "PocketTrain", train)), 1):
-        source = stream(3 * seed + offset)
+    for offset, (name, prefix, count) in enumerate((("preference", "Pref", preference), ("train", "Train", train)), 1):
+        source, lists[name] = stream(3 * seed + offset), []
         while len(lists[name]) < count:
             item = next(source)
             keys = held_out([item])
             if not keys & taken and item["combination"] not in taken:
                 taken |= keys
-                lists[name].append({**item, "novel": False, "task_id": f"{prefix}/{len(lists[name])}"})
+                lists[name].append({**item, "novel": False, "task_id": f"Pocket{prefix}/{len(lists[name])}"})
     return lists
 
 
@@ -1122,13 +1152,13 @@ def corpus(seed: int, held_out: Iterable[str], noise: float) -> Iterator[dict]:
 def _slip(sketch: Sketch, style: str, right: str, rng: random.Random) -> str | None:
     """Draw a wrong body that a few inputs tell from the right one."""
     good = _load(sketch.prompt + right, sketch.entry_point)
-    cases = list(itertools.islice(_inputs(sketch, rng), 10))
-    outcomes = [_call(good, args) for args in cases]
-    for _ in range(4):
+    tried = [(args, _call(good, args)) for args in itertools.islice(_inputs(sketch, rng), 10)]
+    cases = [(args, outcome) for args, outcome in tried if not isinstance(outcome, Exception)]
+    for _ in range(8):
         body = _body(style, rng.randrange(style.count("«") or 1), rng.choice((1, 2)))
         if body != right:
             bad = _load(sketch.prompt + body, sketch.entry_point)
-            if any(not isinstance(outcome, Exception) and not _same(_call(bad, args), outcome) for args, outcome in zip(cases, outcomes, strict=True)):
+            if any(not _same(_call(bad, args), outcome) for args, outcome in cases):
                 return body
     return None
 
@@ -1149,7 +1179,8 @@ def main() -> None:
     words = [len(docstring(item["prompt"]).split()) for item in records]
     tokens = [len(re.findall(r"\w+|[^\w\s]", item["solution"])) for item in records]
     print(f"{len(records)} programs: {len(set(forms))} normal forms, {len(shapes)} without constants")
-    print(f"lines {sum(lines) / len(lines):.1f} (max {max(lines)}), code tokens {sum(tokens) / len(tokens):.1f}, words {sum(words) / len(words):.1f} (max {max(words)})")
+    for name, values in {"lines": lines, "tokens of code": tokens, "words": words}.items():
+        print(f"{name}: mean {sum(values) / len(values):.1f}, max {max(values)}")
     for family, count in collections.Counter(item["family"] for item in records).most_common():
         print(f"{family:12} {count}")
 

@@ -139,7 +139,9 @@ def score(
     wanted = [(run, task, index, program) for run, tasks in programs.items()
               for task, answers in tasks.items() for index, program in enumerate(answers)]
     distinct = dict.fromkeys((task, program) for _, task, _, program in wanted)
-    records.write(out / "samples.jsonl", ({"task_id": t, "solution": p} for t, p in distinct))
+    lines = [json.dumps({"task_id": task, "solution": program}) for task, program in distinct]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "samples.jsonl").write_text("\n".join(lines) + "\n")  # ASCII: lone surrogates pass too
 
     command = [*wrap, sys.executable, "-uP", "-c", LAUNCH, "--dataset", _format(benchmark),
                "--samples", "samples.jsonl", "--parallel", str(parallel),

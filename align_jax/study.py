@@ -1,0 +1,181 @@
+"""The grid: every start point through every technique, as stages that each run once.
+
+    python -m align_jax.study --config=configs/quickstart.py
+
+For each start: sample answers -> run them -> pairs -> SFT -> DPO and BoNBoN; then every model answers the
+benchmark, one EvalPlus run scores all of them, and the report compares each with its own start. What a stage did
+is kept in `stages.json`; a killed study continues with the stage that it was in.
+"""
+
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+from absl import app
+from ml_collections import config_flags
+
+from align_jax import hf, log, mesh, records, text
+from align_jax.records import Pair, Problem, Sample, Score
+from align_jax.report import page, tables
+from align_jax.sample import Sampler
+from align_jax.score import evalplus
+from align_jax.synth import pairs, respond, verify
+from align_jax.train import train
+
+
+def study(c: Mapping) -> Path:
+    """Run the grid that a config describes; return the report's path."""
+    c = json.loads(json.dumps(c if isinstance(c, dict) else c.to_dict()))
+    folder = log.claim(c["run"], c)
+    book = folder / "stages.json"
+    began = time.perf_counter()
+    models = {}  # (start, stage) -> checkpoint folder
+    for start, settings in c["starts"].items():
+        models[start, "base"] = Path(settings["model"])
+        make_pairs(c, folder / start, start, settings, book)
+        models[start, "sft"] = train_once(c, folder / start, "sft", models[start, "base"], book)
+        for technique in c["techniques"]:
+            models[start, technique] = train_once(c, folder / start, technique, models[start, "sft"], book)
+    for (start, stage), model in models.items():
+        answer(c, folder / "answers" / f"{start}-{stage}.jsonl", model, c["starts"][start]["chat"], book)
+    once(book, "EvalPlus", lambda: score(c, folder, models))
+    report = write_report(c, folder, models)
+    log.say(f"wrote {report} and {folder / 'table.md'} in {log.minutes(time.perf_counter() - began)}")
+    return report
+
+
+def make_pairs(c: Mapping, folder: Path, start: str, settings: Mapping, book: Path) -> None:
+    """The start model answers the preference problems, its programs run, verdicts become pairs."""
+    chat, problems = settings["chat"], records.read(c["pairs"]["problems"], Problem)[:c["pairs"]["count"]]
+    by_id = {problem.task_id: problem for problem in problems}
+
+    def sample() -> dict:
+        with jax.set_mesh(mesh.make(**c["mesh"])):
+            prompts = {p.task_id: evalplus.prompt(p, chat=chat) for p in problems}
+            model = sampler(settings["model"], c["sampling_dtype"])
+            samples = respond.respond(folder / "samples.jsonl", model, prompts,
+                                      stops=[] if chat else evalplus.stops("humaneval", chat=False), seed=c["seed"],
+                                      **c["pairs"]["sampling"])
+        return {"in": len(problems), "out": len(samples), "dropped": {},
+                "kept, but cut at the length limit": sum(s.finish == "length" for s in samples)}
+
+    def execute() -> dict:
+        samples = records.read(folder / "samples.jsonl", Sample)
+        judged = verify.verify(folder / "judged.jsonl", samples, by_id, **c["sandbox"])
+        return {"in": len(samples), "out": len(judged), "dropped": {},
+                "verdicts": dict(Counter(j.status for j in judged).most_common())}
+
+    def pair(rule: str) -> dict:
+        judged = records.read(folder / "judged.jsonl", records.Judged)
+        found, dropped = pairs.make(folder / f"pairs-{rule}.jsonl", judged, rule=rule, seed=c["seed"])
+        return {"in": len(problems), "out": len(found), "dropped": dict(dropped)}
+
+    once(book, f"{start}: sample", sample)
+    once(book, f"{start}: execute", execute)
+    for rule in sorted({recipe["rule"] for recipe in c["train"].values()}):
+        once(book, f"{start}: pairs, {rule}", lambda rule=rule: pair(rule))
+
+
+def train_once(c: Mapping, folder: Path, stage: str, start: Path, book: Path) -> Path:
+    """Train one stage from `start`; return its checkpoint."""
+    settings = dict(c["train"][stage])
+    path = folder / f"pairs-{settings.pop('rule')}.jsonl"
+    recipe = settings | {"run": str(folder / stage), "start": str(start), "seed": c["seed"], "mesh": c["mesh"]}
+    recipe["data"] = settings["data"] | {"path": str(path)}
+
+    def work() -> dict:
+        train(recipe)
+        last = log.read_metrics(folder / stage)[-1]
+        return {"in": len(records.read(path, Pair)), "out": last["step"], "out is": "steps", "dropped": {},
+                "tokens": int(last["num_tokens"])}
+
+    once(book, f"{folder.name}: {stage}", work)
+    return folder / stage / "hf"
+
+
+def answer(c: Mapping, path: Path, model: Path, chat: bool, book: Path) -> None:
+    """One model answers the benchmark, by greedy decoding."""
+    def work() -> dict:
+        problems = evalplus.problems(c["benchmark"]["name"], c["benchmark"]["path"])
+        with jax.set_mesh(mesh.make(**c["mesh"])):
+            samples = respond.respond(path, sampler(model, c["sampling_dtype"]),
+                                      {p.task_id: evalplus.prompt(p, chat=chat) for p in problems}, n=1,
+                                      stops=evalplus.stops(c["benchmark"]["name"], chat=chat), temperature=0.0,
+                                      seed=c["seed"], **c["benchmark"]["sampling"])
+        return {"in": len(problems), "out": len(samples), "dropped": {},
+                "kept, but cut at the length limit": sum(s.finish == "length" for s in samples)}
+
+    once(book, f"answer {path.stem}", work)
+
+
+def score(c: Mapping, folder: Path, models: Mapping) -> dict:
+    """Score the answers of all models in one EvalPlus run."""
+    name, path = c["benchmark"]["name"], c["benchmark"]["path"]
+    problems, programs, lost = evalplus.problems(name, path), {}, Counter()
+    for start, stage in models:
+        samples = records.read(folder / "answers" / f"{start}-{stage}.jsonl", Sample)
+        programs[f"{start}-{stage}"], gone = evalplus.solutions(problems, samples, chat=c["starts"][start]["chat"])
+        lost += gone
+    records.write(folder / "programs.jsonl", ({"run": run, "programs": p} for run, p in programs.items()))
+    scores = evalplus.score(programs, name, folder / "evalplus", path=path, **c["evalplus"])
+    records.write(folder / "scores.jsonl", scores)
+    return {"in": sum(map(len, programs.values())), "out": len(scores), "dropped": {},
+            "the sanitizer's losses (scored as failures)": dict(lost)}
+
+
+def write_report(c: Mapping, folder: Path, models: Mapping) -> Path:
+    """Write table.md, table.csv and report.html; print the table."""
+    base, plus = defaultdict(dict), defaultdict(dict)
+    for s in records.read(folder / "scores.jsonl", Score):
+        base[s.run].setdefault(s.task_id, []).append(s.base == "pass")
+        plus[s.run].setdefault(s.task_id, []).append(s.base == s.plus == "pass")
+    runs = [tables.Run(name=f"{start}-{stage}", model=c["model"], start=start, stage=stage, objective="functional",
+                       benchmark=c["benchmark"]["name"], outcomes=plus[f"{start}-{stage}"],
+                       base_outcomes=base[f"{start}-{stage}"], metadata={"seed": c["seed"]}) for start, stage in models]
+    rows = tables.rows(runs)
+    (folder / "table.md").write_text(tables.to_markdown(rows) + "\n")
+    (folder / "table.csv").write_text(tables.to_csv(rows))
+    curves = {f"{start}-{stage}": [(m["step"], m["loss"], m.get("rewards/margins"), m.get("rewards/accuracies"))
+                                   for m in log.read_metrics(folder / start / stage)]
+              for start, stage in models if stage != "base"}
+    stages = [{"stage": name} | did for name, did in json.loads((folder / "stages.json").read_text()).items()]
+    families = {p["task_id"]: p["family"] for p in records.rows(c["benchmark"]["path"]) if "family" in p}
+    code = {row["run"]: row["programs"] for row in records.rows(folder / "programs.jsonl")}
+    page.write(folder / "report.html", runs, [], families=families, curves=curves, code=code, stages=stages,
+               details={"Config": c, "Versions": log.versions()})
+    log.say(tables.to_text(rows))
+    log.say(tables.headline(rows))
+    return folder / "report.html"
+
+
+def sampler(folder: str | Path, dtype: str) -> Sampler:
+    """Load a checkpoint for sampling."""
+    cfg, params = hf.load(folder, dtype=dtype)
+    tokenizer = text.load(folder)
+    return Sampler.of(cfg, params, tokenizer, text.stop_ids(tokenizer, folder))
+
+
+def once(book: Path, name: str, work: Callable[[], dict]) -> None:
+    """Do a stage unless the book says that it was done; write down what came in, went out and was dropped."""
+    done = json.loads(book.read_text()) if book.is_file() else {}
+    if name in done:
+        return
+    began = time.perf_counter()
+    did = work() | {"seconds": round(time.perf_counter() - began, 1)}
+    log.write_json(book, done | {name: did})
+    log.say(f"{name}: " + ", ".join(f"{key} {value}" for key, value in did.items()))
+
+
+def main(argv) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are --config.section.key=value")
+    mesh.start_hosts()
+    study(_CONFIG.value)
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", None, "One of configs/*.py", lock_config=True)
+    app.run(main)

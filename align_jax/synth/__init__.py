@@ -1,0 +1,1 @@
+"""A model makes its own preference data: it responds, its code is run, verdicts become pairs."""

@@ -1,0 +1,64 @@
+"""The whole way in miniature: the pocket pair, both pathways, SFT then DPO and BoNBoN, scored by EvalPlus.
+
+    python -m align_jax.study --config=configs/quickstart.py
+
+Hardware: 2 CPU cores, 4 GB of memory, under 10 minutes. Expect the table of README.md: numbers differ by about a
+point between machines, since sampling follows the last bit of the arithmetic.
+"""
+
+from importlib import resources
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`:smoke` shrinks everything, for a look at the machinery in about two minutes."""
+    if arg not in ("", "smoke"):
+        raise ValueError(f"quickstart: got :{arg}, expected nothing or :smoke")
+    small = arg == "smoke"
+    pocket = resources.files("align_jax") / "pocket"
+    common = {
+        "steps": -1,
+        "data": {"kind": "pairs", "row_length": 512, "rows_per_batch": 8, "epochs": 1 if small else 2},
+        "compute": {"dtype": "float32", "remat": "none", "chunk": 128, "accumulate": 1},
+        "ckpt": {"every": 1000, "keep": 1, "export": "bfloat16"},
+    }
+    c = ConfigDict({
+        "run": "runs/quickstart",
+        "seed": 0,
+        "model": "pocket",
+        "starts": {
+            "pretrained": {"model": str(pocket / "pocket"), "chat": False},
+            "instruct": {"model": str(pocket / "pocket-instruct"), "chat": True},
+        },
+        "techniques": ("dpo", "bonbon"),
+        "pairs": {
+            "problems": str(pocket / "PocketPref.jsonl.gz"),
+            "count": 32 if small else 640,
+            "sampling": {"n": 8, "temperature": 1.0, "top_p": 1.0, "max_tokens": 160, "batch_size": 512},
+        },
+        "sandbox": {"backend": "auto", "wall_s": 2.0, "cpu_s": 2.0, "memory_mb": 256},
+        "train": {
+            "sft": common | {
+                "rule": "pass_fail",
+                "data": common["data"] | {"kind": "chosen", "row_length": 256},
+                "objective": {"name": "sft"},
+                "optim": {"lr": 3e-4, "warmup": 0.1, "decay": "linear"}},
+            "dpo": common | {
+                "rule": "pass_fail",
+                "objective": {"name": "dpo", "beta": 0.1},
+                "optim": {"lr": 1e-4, "warmup": 0.1, "decay": "linear"}},
+            "bonbon": common | {
+                "rule": "best_worst",
+                "objective": {"name": "bonbon", "n": 8, "alpha": 0.005},
+                "optim": {"lr": 1e-4, "warmup": 0.1, "decay": "linear"}},
+        },
+        "benchmark": {
+            "name": "PocketEval", "path": str(pocket / "PocketEval.jsonl.gz"),
+            "sampling": {"max_tokens": 160, "batch_size": 128},
+        },
+        "evalplus": {"parallel": 2, "min_time_limit": 0.5},
+        "sampling_dtype": "float32",
+        "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+    })
+    return c

@@ -1,0 +1,364 @@
+"""The train step: torch's log-probs, TRL's three steps, the same numbers on every mesh, and no [R T V] array."""
+
+import functools
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import transformers
+from jax.flatten_util import ravel_pytree
+
+from align_jax import data, hf, losses, mesh, model, optim, records, text
+from align_jax.step import Compute, TrainState, completion_logps, make_scorer, make_step, objective, score_tokens
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = GOLDEN / "tiny"
+TRL = json.loads((GOLDEN / "trl.json").read_text())
+FP32 = Compute(dtype="float32", remat="none", chunk=64)
+T = 384  # holds the two longest pairs
+
+
+def on(*shape):
+    return jax.set_mesh(mesh.make(*shape, devices=jax.devices()[:math.prod(shape)]))
+
+
+@functools.cache
+def encoded(kind=records.Pair) -> list[data.Encoded]:
+    """The twelve pairs, or their chosen sides as examples, as ids."""
+    pairs = records.read(GOLDEN / "pairs.jsonl", records.Pair)
+    if kind is records.Example:
+        pairs = [records.Example(id=p.id, prompt=p.prompt, completion=p.chosen) for p in pairs]
+    found, dropped = data.encode(pairs, text.load(TINY), max_length=T)
+    assert not dropped
+    return found
+
+
+def source(kind=records.Pair, *, P=2, T=T, with_ref=True) -> data.Rows:
+    """Rows of the pairs whose reference log-probs are TRL's, in float64."""
+    ref = {pair["id"]: pair["logps"] for pair in TRL["pairs"]} if kind is records.Pair and with_ref else None
+    rows = data.Rows(encoded(kind), row_length=T, rows_per_batch=1, seed=0, ref_logps=ref)
+    rows.P = P
+    return rows
+
+
+def batch_of(rows: data.Rows, layout: Sequence[Sequence[int]]) -> dict:
+    """A batch whose rows hold exactly these examples, on the mesh that is set."""
+    made = [rows.assemble([rows.encoded[i] for i in row]) for row in layout]
+    return {name: jax.device_put(np.stack([row[name] for row in made]), mesh.sharding("rows", *(None,) * axes))
+            for name, axes in (("tokens", 1), ("positions", 1), ("segments", 1), ("slots", 1),
+                               ("ref_logps", 2), ("weight", 2))}
+
+
+def load():
+    return hf.load(TINY, dtype="float32")
+
+
+def start(params, tx) -> TrainState:
+    return TrainState(jax.device_put(np.int32(0), mesh.sharding()), params, jax.jit(tx.init)(params))
+
+
+def to_floats(metrics) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+# --- log-probs ------------------------------------------------------------------------------------
+
+
+def test_token_logps_are_those_of_torch(one_device):
+    cfg, params = load()
+    lm = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float64)
+    rows = source()
+    batch = batch_of(rows, [[0, 1], [2, 3], [4], [10, 11]])
+    got = np.asarray(jax.jit(lambda params: score_tokens(
+        cfg, params, batch["tokens"], batch["positions"], batch["segments"], compute=FP32))(params))
+    checked = 0
+    for row, segments, tokens in zip(got, np.asarray(batch["segments"]), np.asarray(batch["tokens"]), strict=True):
+        for segment in range(1, segments.max() + 1):
+            ids = torch.tensor(tokens[segments == segment])[None].long()
+            with torch.no_grad():
+                logps = lm(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            np.testing.assert_allclose(row[segments == segment][1:], logps, rtol=0, atol=1e-5)
+            checked += len(logps)
+    assert checked == int((batch["segments"] > 0).sum()) - 14  # all but the first of each of the 14 completions
+
+
+def test_completion_logps_are_those_of_trl(any_mesh):
+    cfg, params = load()
+    rows = source()
+    layout = [[0, 1], [2, 3], [4], [5, 6], [7, 8], [9], [], [10, 11]]
+    got = np.asarray(make_scorer(cfg, compute=FP32)(params, batch_of(rows, layout)))
+    for row, values in zip(layout, got, strict=True):
+        for i, logps in zip(row, values, strict=False):
+            np.testing.assert_allclose(logps, TRL["pairs"][i]["logps"], rtol=1e-6)
+
+
+def test_tokens_are_trls():
+    for mine, theirs in zip(encoded(), TRL["pairs"], strict=True):
+        sides = [side.completion.tolist() for side in mine.completions]
+        assert [side.prompt.tolist() for side in mine.completions] == [theirs["prompt_ids"]] * 2
+        assert sides == [theirs["chosen_ids"], theirs["rejected_ids"]]
+
+
+def test_neighbours_and_padding_change_no_logp(one_device):
+    cfg, params = load()
+    score = make_scorer(cfg, compute=FP32)
+    alone = score(params, batch_of(source(), [[0], [1], [3], [9]]))[:, 0]
+    first = score(params, batch_of(source(P=4), [[0, 1, 3, 9]]))[0]
+    last = score(params, batch_of(source(P=4), [[9, 3, 1, 0]]))[0][::-1]
+    roomy = score(params, batch_of(source(P=3, T=500), [[0], [1], [3], [9]]))[:, 0]
+    for packed in (first, last, roomy):
+        np.testing.assert_allclose(packed, alone, rtol=1e-6, atol=0)
+
+
+def test_only_completion_tokens_count(one_device):
+    """Changing a prompt token's own log-prob, or padding, leaves every count; counts are the completions' lengths."""
+    cfg, params = load()
+    _, lengths = completion_logps(cfg, params, batch_of(source(), [[0, 1], [4], []]), compute=FP32)
+    ids = [[len(pair[side]) for side in ("chosen_ids", "rejected_ids")] for pair in TRL["pairs"]]
+    assert lengths.tolist() == [[ids[0], ids[1]], [ids[4], [0, 0]], [[0, 0], [0, 0]]]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100, 1000])
+def test_chunk_changes_no_logp(chunk, one_device):
+    cfg, params = load()
+    batch = batch_of(source(), [[0, 1], [2, 3]])
+    whole, chunked = (make_scorer(cfg, compute=Compute(dtype="float32", remat="none", chunk=size))(params, batch)
+                      for size in (T, chunk))
+    np.testing.assert_allclose(chunked, whole, rtol=1e-6)
+
+
+# --- three steps of TRL ---------------------------------------------------------------------------
+
+
+def trl_steps(name: str) -> list[dict]:
+    """Three steps of a golden run, each on exactly the examples of TRL's step, as make_step logs them."""
+    golden = TRL["runs"][name]
+    hyper = {key: value for key, value in golden["trl"].items() if key == "beta"}
+    weight_decay = golden["trl"].get("weight_decay", TRL["settings"]["weight_decay"])
+    rates = jnp.array([step["learning_rate"] for step in golden["steps"]])
+    # optim.adamw but for the schedule: TRL's first step has rate 0, ours trains.
+    tx = optax.chain(optax.clip_by_global_norm(TRL["settings"]["max_grad_norm"]),
+                     optax.adamw(lambda step: rates[step], eps=TRL["settings"]["adam_epsilon"],
+                                 weight_decay=weight_decay, mask=optim.decays))
+    cfg, params = load()
+    rows = source(records.Example if name == "sft" else records.Pair)
+    step = make_step(cfg, objective(golden["loss"], **hyper), tx, compute=FP32)
+    state, logged = start(params, tx), []
+    for at in (0, 4, 8):
+        state, metrics = step(state, batch_of(rows, [[at, at + 1], [at + 2, at + 3]]))
+        logged.append(to_floats(metrics))
+    assert step._cache_size() == 1
+    return logged
+
+
+@pytest.mark.parametrize("name", TRL["runs"])
+def test_three_steps_are_trls(name, one_device):
+    golden = TRL["runs"][name]["steps"]
+    for mine, theirs in zip(trl_steps(name), golden, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert mine["examples"] == len(theirs["ids"])
+        for key in (key for key in theirs if key.startswith(("rewards/", "logps/"))):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-4), key
+        if name == "sft":
+            assert mine["logps/completion"] == pytest.approx(np.mean(theirs["policy"]), rel=1e-5)
+
+
+def test_our_optimiser_is_trls_where_the_schedule_is(one_device):
+    cfg, params = load()
+    tx = optim.adamw(steps=3, lr=1e-3, decay="constant")
+    step = make_step(cfg, objective("dpo", beta=0.1), tx, compute=FP32)
+    state = start(params, tx)
+    for at, theirs in zip((0, 4, 8), TRL["runs"]["dpo"]["steps"], strict=True):
+        state, metrics = step(state, batch_of(source(), [[at, at + 1], [at + 2, at + 3]]))
+        assert float(metrics["loss"]) == pytest.approx(theirs["loss"], rel=1e-5)
+    assert int(state.step) == 3
+
+
+def test_what_decays_is_what_decays_in_transformers(one_device):
+    """Hugging Face's rule, all but norms and biases, through the table of names: nothing is listed twice."""
+    cfg, params = load()
+    leaves = {path: decays for path, decays in
+              ((jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+               for path, leaf in jax.tree_util.tree_leaves_with_path(optim.decays(params)))}
+    ours = {name.format(layer) for name, path, _ in hf.TABLE if leaves.get(path) for layer in range(cfg.L)}
+    assert ours == set(TRL["decayed"])
+    biased = model.init(model.ModelConfig(L=1, D=8, N=2, K=2, H=4, F=8, V=8, qkv_bias=True, o_bias=True), 0)
+    assert not any(optim.decays(biased)["layers"][f"{name}_bias"] for name in "qkvo")
+
+
+# --- meshes, accumulation, remat ------------------------------------------------------------------
+
+OBJECTIVES = {"sft": {}, "dpo": {"beta": 0.1}, "bonbon": {"n": 8, "alpha": 0.005}}
+LAYOUT = [[0, 1], [2], [3, 9], [4], [5, 6], [7], [8, 10], [11]]
+
+
+def five_steps(name: str) -> list[dict]:
+    cfg, params = load()
+    tx = optim.adamw(steps=5, lr=1e-4, warmup=0.2)
+    step = make_step(cfg, objective(name, **OBJECTIVES[name]), tx, compute=FP32)
+    rows = source(records.Example if name == "sft" else records.Pair)
+    state, logged = start(params, tx), []
+    for i in range(5):
+        state, metrics = step(state, batch_of(rows, LAYOUT[i:] + LAYOUT[:i]))
+        logged.append(to_floats(metrics))
+    assert step._cache_size() == 1
+    return logged
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    @functools.cache
+    def run(name):
+        with on(1, 1, 1):
+            return five_steps(name)
+    return run
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_five_steps_on_every_mesh(name, any_mesh, on_one_device):
+    expected = on_one_device(name)
+    got = expected if any_mesh == (1, 1, 1) else five_steps(name)
+    assert [m["loss"] for m in got] == pytest.approx([m["loss"] for m in expected], rel=1e-5)
+    assert [m["grad_norm"] for m in got] == pytest.approx([m["grad_norm"] for m in expected], rel=1e-4)
+    assert expected[-1]["loss"] < expected[0]["loss"] * (1 - 1e-3)  # it trains: equal losses are not frozen ones
+
+
+def one_step(name: str, layout, **compute):
+    """Parameters and metrics after one step of plain gradient descent, so that the gradient is visible."""
+    cfg, params = load()
+    tx = optax.sgd(1.0)
+    step = make_step(cfg, objective(name, **OBJECTIVES[name]), tx,
+                     compute=Compute(**{"dtype": "float32", "remat": "none", "chunk": 64} | compute))
+    rows = source(records.Example if name == "sft" else records.Pair)
+    before = np.asarray(ravel_pytree(params)[0])
+    state, metrics = step(start(params, tx), batch_of(rows, layout))
+    return before - np.asarray(ravel_pytree(state.params)[0]), to_floats(metrics)
+
+
+UNEVEN = [[0, 1], [9], [4], []]  # micro-batches of other numbers of examples and tokens
+
+
+@pytest.fixture(scope="module")
+def plain():
+    @functools.cache
+    def run(name):
+        with on(1, 1, 1):
+            return one_step(name, UNEVEN)
+    return run
+
+
+def assert_same_step(got, expected, rtol):
+    assert np.linalg.norm(got[0] - expected[0]) <= rtol * np.linalg.norm(expected[0])
+    assert got[1] == pytest.approx(expected[1], rel=1e-5, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_micro", [2, 4])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_accumulation_gives_the_update_of_the_whole_batch(name, num_micro, plain, one_device):
+    assert_same_step(one_step(name, UNEVEN, accumulate=num_micro), plain(name), 1e-5)
+
+
+def test_accumulation_over_a_mesh(plain):
+    with on(1, 2, 2):
+        assert_same_step(one_step("dpo", UNEVEN, accumulate=2), plain("dpo"), 1e-5)
+
+
+def test_accumulation_that_does_not_divide_is_refused():
+    with on(1, 4, 1), pytest.raises(ValueError, match="4 rows do not divide into 2 micro-batches on 4 row shards"):
+        one_step("dpo", UNEVEN, accumulate=2)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_and_chunk_give_the_same_gradient(remat, plain, one_device):
+    assert_same_step(one_step("dpo", UNEVEN, remat=remat, chunk=32), plain("dpo"), 1e-5)
+
+
+def test_an_example_counts_the_same_wherever_it_lies(plain, one_device):
+    assert_same_step(one_step("bonbon", [[], [4, 9], [], [1, 0]]), plain("bonbon"), 1e-5)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def compiled_step(chunk: int):
+    """The DPO step of a model whose vocabulary is its largest axis, compiled, nothing allocated."""
+    R, T, V = 4, 512, 32_000
+    cfg = model.ModelConfig(L=2, D=32, N=4, K=2, H=8, F=64, V=V)
+    tx = optim.adamw(steps=1, lr=1e-3)
+    shaped = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=mesh.sharding(*(None,) * x.ndim)))
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(
+        jax.sharding.get_mesh(), x.sharding.spec)), model.abstract(cfg))
+    state = TrainState(shaped(jnp.int32(0)), params, jax.jit(tx.init).eval_shape(params))
+    state.opt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(
+        jax.sharding.get_mesh(), x.sharding.spec)), state.opt)
+    batch = {name: jax.ShapeDtypeStruct((R, T), jnp.int32, sharding=mesh.sharding("rows", None))
+             for name in ("tokens", "positions", "segments", "slots")}
+    batch |= {name: jax.ShapeDtypeStruct((R, 4, 2), jnp.float32, sharding=mesh.sharding("rows", None, None))
+              for name in ("ref_logps", "weight")}
+    compute = Compute(dtype="float32", remat="full", chunk=chunk)
+    return R * T * V, make_step(cfg, objective("dpo", beta=0.1), tx, compute=compute).lower(state, batch).compile()
+
+
+def largest(compiled) -> int:
+    """Elements of the largest array anywhere in the compiled program, fused ones included."""
+    shapes = re.findall(r"\b(?:pred|[subf]f?\d+)\[([\d,]+)\]", compiled.as_text())
+    return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+
+def test_no_array_of_rows_by_positions_by_vocabulary(one_device):
+    logits, compiled = compiled_step(chunk=32)
+    assert largest(compiled) == logits // 16  # the logits of one chunk, [R 32 V]
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * logits / 4
+    # The same two measures do see it where it is.
+    logits, whole = compiled_step(chunk=512)
+    assert largest(whole) == logits
+    assert whole.memory_analysis().temp_size_in_bytes > 4 * logits
+
+
+# --- objectives and metrics -----------------------------------------------------------------------
+
+
+def test_at_the_reference_dpo_is_ln_2_and_bonbon_its_closed_form(plain):
+    assert plain("dpo")[1]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    metrics = plain("bonbon")[1]
+    nll = -np.mean([TRL["pairs"][i]["logps"][0] for row in UNEVEN for i in row])
+    assert metrics["loss/ipo"] == pytest.approx((1 / (2 * losses.beta_star(8))) ** 2, rel=1e-4)
+    assert metrics["loss/sft"] == pytest.approx(nll, rel=1e-5)
+    assert metrics["loss"] == pytest.approx(0.005 * metrics["loss/sft"] + 0.995 * metrics["loss/ipo"], rel=1e-6)
+
+
+def test_counts_are_of_real_examples_and_tokens(plain):
+    metrics = plain("dpo")[1]
+    pairs = [TRL["pairs"][i] for row in UNEVEN for i in row]
+    answers = sum(len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs)
+    assert metrics["examples"] == len(pairs)
+    assert metrics["scored"] == answers
+    assert metrics["tokens"] == answers + 2 * sum(len(p["prompt_ids"]) for p in pairs)
+
+
+def test_grad_norm_is_that_before_the_clip(one_device):
+    cfg, params = load()
+    tx = optim.adamw(steps=1, lr=1e-3, clip=1e-3)
+    step = make_step(cfg, objective("dpo", beta=0.1), tx, compute=FP32)
+    _, metrics = step(start(params, tx), batch_of(source(), [[0, 1], [2, 3]]))
+    assert float(metrics["grad_norm"]) == pytest.approx(TRL["runs"]["dpo"]["steps"][0]["grad_norm"], rel=1e-5)
+
+
+def test_a_batch_without_examples_changes_nothing(one_device):
+    gradient, metrics = one_step("dpo", [[], [], [], []])
+    assert (gradient == 0).all() and metrics["loss"] == 0
+
+
+def test_an_unknown_objective_says_which_there_are():
+    with pytest.raises(ValueError, match="objective: got 'ppo', available are .*'bonbon'.*'dpo'"):
+        objective("ppo")

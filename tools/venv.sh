@@ -1,0 +1,16 @@
+# Sourced by launch/quickstart.sh and tools/test.sh: make .venv once, install align_jax with the extras in $EXTRAS.
+# An environment that is already active is used instead. PYTHON names the interpreter (3.11 or later).
+PYTHON="${PYTHON:-python3}"
+if [ -z "${VIRTUAL_ENV:-}" ]; then
+  "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "align_jax needs Python 3.11 or later, $("$PYTHON" --version) found; set PYTHON=/path/to/python" >&2; exit 1; }
+  [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+  source .venv/bin/activate
+fi
+# Installing takes minutes: do it again only when setup.py, or what is asked for, has changed.
+stamp="$VIRTUAL_ENV/.align_jax-${EXTRAS:-core}"
+if [ ! -f "$stamp" ] || ! cmp -s setup.py "$stamp"; then
+  echo "installing align_jax${EXTRAS:+[$EXTRAS]} into $VIRTUAL_ENV (a few minutes the first time)"
+  python -m pip install -q -e ".${EXTRAS:+[$EXTRAS]}"
+  cp setup.py "$stamp"
+fi
