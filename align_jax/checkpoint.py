@@ -22,7 +22,7 @@ class Checkpoints:
 
     def save(self, step: int, state, place: dict) -> None:
         """Start saving; returns as soon as the arrays are copied off the devices."""
-        self._orbax.save_pytree_async(step, state, custom_metadata={"place": place}, overwrite=True, force=True)
+        self._orbax.save_async(step, state, custom_metadata={"place": place}, overwrite=True, force=True)
 
     def restore(self, like):
         """Return (step, state, place) of the newest whole checkpoint, sharded as `like`; None if there is none."""
@@ -30,5 +30,5 @@ class Checkpoints:
         if latest is None:
             return None
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        state = self._orbax.load_pytree(latest.step, wanted)
+        state = self._orbax.load(latest.step, wanted)
         return latest.step, state, self._orbax.metadata(latest.step).custom_metadata["place"]

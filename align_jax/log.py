@@ -24,6 +24,13 @@ def progress(items=None, *, total: int | None = None, what: str, unit: str = "it
                 disable=jax.process_index() != 0, leave=False)
 
 
+def check_set(config: dict) -> None:
+    """Raise for the settings that a config file leaves open (""), all of them at once."""
+    left_open = [f"--config.{key}=" for key, value in _flat(config).items() if value == ""]
+    if left_open:
+        raise ValueError(f"settings without a value: {' '.join(left_open)}")
+
+
 def claim(folder: str | Path, config: dict) -> Path:
     """Make the run folder, or take it up again if it was made with the same config.
 
@@ -32,7 +39,7 @@ def claim(folder: str | Path, config: dict) -> Path:
     """
     folder, config = Path(folder), json.loads(json.dumps(config, default=str))
     path = folder / "config.json"
-    if path.is_file():
+    if path.is_file() and len(os.listdir(folder)) > 1:  # what failed before it made anything may be corrected
         was, now = _flat(json.loads(path.read_text())), _flat(config)
         differing = [f"  {key}: this run {now.get(key)!r}, in the folder {was.get(key)!r}"
                      for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]

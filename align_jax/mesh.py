@@ -46,7 +46,7 @@ def sharding(*axes: str | None) -> NamedSharding:
 
 def num_row_shards() -> int:
     """Over how many device groups the rows of a batch are split."""
-    shape = jax.sharding.get_mesh().shape
+    shape = jax.sharding.get_abstract_mesh().shape  # inside jit too
     return shape["data"] * shape["fsdp"]
 
 

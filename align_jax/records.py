@@ -38,6 +38,14 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What a model is asked: a line of the file that `sample` answers."""
+
+    id: str = ""
+    prompt: Text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
     """A prompt and the completion to imitate (SFT); an empty prompt is plain language modelling."""
 

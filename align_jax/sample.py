@@ -1,6 +1,6 @@
 """Batched sampling: prompts in, n completions each out, the prompt run once for all its completions.
 
-    python -m align_jax.sample --config=configs/sample.py --config.start=PATH --config.prompts=prompts.jsonl
+    python -m align_jax.sample --config=configs/sample.py --config.run=FOLDER --config.start=PATH --config.prompts=FILE
 
 Keys and values of a prompt [B S K H] are shared by its n sequences; each of the M = B * n sequences has its own
 [M T K H] for what it has written. Decoding goes in jitted chunks of steps; between chunks the host looks for
@@ -9,14 +9,18 @@ stop strings. A completion depends on (seed, prompt id, k) alone, not on what it
 
 import dataclasses
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app, logging
+from ml_collections import config_flags
 
-from align_jax import mesh, model, text
+from align_jax import hf, log, mesh, model, records, text
 from align_jax.mesh import spec
 from align_jax.model import ModelConfig, Params
 from align_jax.records import Text
@@ -64,6 +68,7 @@ def sample(sampler: Sampler, prompts: Sequence[tuple[str, Text]], *, n: int = 1,
     shards = mesh.num_row_shards()
     B = -(-max(batch_size // n, 1) // shards) * shards
     B = min(B, -(-len(encoded) // shards) * shards)
+    B = max(B, 2)  # jax 0.10 cannot fold a key into an axis of one row
     for at in range(0, len(encoded), B):
         batch = encoded[at:at + B]
         ids, logps = _generate(sampler, batch, B, n, temperature, top_p, max_tokens, stops, seed, chunk)
@@ -72,7 +77,8 @@ def sample(sampler: Sampler, prompts: Sequence[tuple[str, Text]], *, n: int = 1,
             yield name, [_finish(sampler, ids[row], logps[row], stops) for row in rows]
 
 
-def _generate(sampler, batch, B, n, temperature, top_p, max_tokens, stops, seed, chunk) -> tuple[np.ndarray, np.ndarray]:
+def _generate(sampler, batch, B, n, temperature, top_p, max_tokens, stops, seed,
+              chunk) -> tuple[np.ndarray, np.ndarray]:
     """Run one batch to its end: ids and logps [M T], ids -1 behind the end."""
     S = -(-max(len(ids) for _, ids in batch) // 64) * 64  # few shapes, few compilations
     tokens, lengths = np.zeros((B, S), np.int32), np.ones(B, np.int32)
@@ -194,11 +200,11 @@ def _finish(sampler, ids: np.ndarray, logps: np.ndarray, stops: Sequence[str]) -
     """Cut a sequence at its EOS or first stop string."""
     ids = ids[ids >= 0].tolist()
     ended = bool(ids) and ids[-1] in sampler.stop_ids
-    written = sampler.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+    written = text.decode(sampler.tokenizer, ids[:-1] if ended else ids)
     was_stopped = any(stop in written for stop in stops)
     if was_stopped:  # as if looked for behind every token, so that `chunk` changes nothing
         ids = _ids_up_to(sampler.tokenizer, ids, stops)
-        written = sampler.tokenizer.decode(ids, skip_special_tokens=True)
+        written = text.decode(sampler.tokenizer, ids)
         written = written[:min(at for at in map(written.find, stops) if at >= 0)]
     finish = "stop" if ended or was_stopped else "length"
     return Completion(written, finish, ids, logps[:len(ids)].tolist())
@@ -209,13 +215,13 @@ def _ids_up_to(tokenizer, ids: list[int], stops: Sequence[str]) -> list[int]:
     low, high = 1, len(ids)
     while low < high:
         middle = (low + high) // 2
-        held = any(stop in tokenizer.decode(ids[:middle], skip_special_tokens=True) for stop in stops)
+        held = any(stop in text.decode(tokenizer, ids[:middle]) for stop in stops)
         low, high = (low, middle) if held else (middle + 1, high)
     return ids[:low]
 
 
 def _has_stop(tokenizer, ids: np.ndarray, stops: Sequence[str]) -> bool:
-    written = tokenizer.decode(ids[ids >= 0], skip_special_tokens=True)
+    written = text.decode(tokenizer, ids[ids >= 0])
     return any(stop in written for stop in stops)
 
 
@@ -224,3 +230,32 @@ def _check_lengths(encoded, cfg: ModelConfig, max_tokens: int) -> None:
     if bad:
         raise ValueError(f"{len(bad)} prompt(s) are empty or leave no room for max_tokens={max_tokens} within the "
                          f"model's {cfg.max_length} positions: {'; '.join(bad[:5])}")
+
+
+def main(argv) -> None:
+    """Answer a file of prompts; a killed run continues with the prompts that are left."""
+    from align_jax.synth import respond  # a level above this file; only the command line reaches up
+
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are --config.section.key=value")
+    logging.set_verbosity(logging.WARNING)
+    mesh.start_hosts()
+    c = _CONFIG.value.to_dict()
+    log.check_set(c)
+    prompts = {p.id: p.prompt for p in records.read(c["prompts"], records.Prompt)}
+    bound_to = {"prompts": records.fingerprint(Path(c["prompts"])), "weights": hf.fingerprint(c["start"])}
+    answers = {key: value for key, value in c["sample"].items() if key != "batch_size"}
+    run = log.claim(c["run"], bound_to | {"dtype": c["dtype"], "sample": answers})
+    with jax.set_mesh(mesh.make(**c["mesh"])):
+        cfg, params = hf.load(c["start"], dtype=c["dtype"])
+        tokenizer = text.load(c["start"])
+        sampler = Sampler.of(cfg, params, tokenizer, text.stop_ids(tokenizer, c["start"]))
+        del params
+        found = respond.respond(run / "samples.jsonl", sampler, prompts, **c["sample"])
+    log.say(f"{run / 'samples.jsonl'}: wrote {len(found)} samples of {len(prompts)} prompts, "
+            f"{sum(s.num_tokens for s in found):,} tokens, finished by {dict(Counter(s.finish for s in found))}")
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/sample.py", lock_config=True)
+    app.run(main)

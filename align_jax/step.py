@@ -5,6 +5,7 @@ exist for a chunk of positions at a time and are recomputed in the backward pass
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from functools import partial
 
@@ -53,6 +54,10 @@ def objective(name: str, **hyper) -> Objective:
     """Look a loss up by name; `n` of BoNBoN gives the beta that scales the logged rewards."""
     if name not in losses.LOSSES:
         raise ValueError(f"objective: got {name!r}, available are {sorted(losses.LOSSES)}")
+    takes = inspect.getfullargspec(losses.LOSSES[name])
+    missing = set(takes.kwonlyargs) - set(takes.kwonlydefaults or ()) - set(hyper)
+    if missing or set(hyper) - set(takes.kwonlyargs):
+        raise ValueError(f"objective {name!r}: got {sorted(hyper)}, expected {takes.kwonlyargs}")
     beta = losses.beta_star(hyper["n"]) if "n" in hyper else hyper.get("beta", 1.0)
     return Objective(partial(losses.LOSSES[name], **hyper), losses.COMPLETIONS[name], beta, name == "sft")
 
@@ -160,8 +165,12 @@ def _accumulate(grad: Callable, params: Params, batch: Batch, num_micro: int):
     R = batch["tokens"].shape[0]
     if R % (num_micro * mesh.num_row_shards()):
         raise ValueError(f"{R} rows do not divide into {num_micro} micro-batches on {mesh.num_row_shards()} row shards")
-    micro = {name: jnp.moveaxis(value.reshape(R // num_micro, num_micro, *value.shape[1:]), 1, 0)
-             for name, value in batch.items()}
+
+    def split(value):  # [R ...] to [num_micro R/num_micro ...], every device keeping its rows
+        shape = (R // num_micro, num_micro, *value.shape[1:])
+        return jnp.moveaxis(value.reshape(shape, out_sharding=mesh.spec("rows", *(None,) * value.ndim)), 1, 0)
+
+    micro = {name: split(value) for name, value in batch.items()}
 
     def add(total, rows):
         grads, sums = grad(params, rows)

@@ -86,6 +86,16 @@ def encode_prompt(tokenizer, prompt: Text) -> list[int]:
     return _one_bos(tokenizer, ids, wanted=isinstance(prompt, str) and adds_bos(tokenizer))
 
 
+def decode(tokenizer, ids) -> str:
+    """Decode ids that continue a prompt, special tokens left out.
+
+    Decoded alone they would lose their first space where the tokenizer puts one before every text (CodeLlama).
+    """
+    start = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    whole, before = (tokenizer.decode(part, skip_special_tokens=True) for part in ([*start, *ids], start))
+    return whole[len(before):]
+
+
 def encode(tokenizer, prompt: Text, completion: Text, *, max_length: int, too_long: str = "drop") -> Tokens:
     """Encode a prompt and its completion so that training equals inference.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app
+from absl import app, logging
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
@@ -35,6 +35,7 @@ def train(c: Mapping, *, params=None) -> Path:
     """
     # -- run folder ------------------------------------------------------------------------------------------
     c = json.loads(json.dumps(c if isinstance(c, dict) else c.to_dict()))
+    log.check_set(c)
     run = log.claim(c["run"], {key: c[key] for key in DECIDE})
     exported = run / "hf"
     if exported.is_dir():
@@ -148,6 +149,7 @@ def record(metrics: log.Metrics, number: int, values: dict, goal, compute: Compu
 def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are --config.section.key=value")
+    logging.set_verbosity(logging.WARNING)  # orbax tells much
     mesh.start_hosts()
     train(_CONFIG.value)
 

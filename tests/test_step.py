@@ -14,7 +14,6 @@ import optax
 import pytest
 import torch
 import transformers
-from jax.flatten_util import ravel_pytree
 
 from align_jax import data, hf, losses, mesh, model, optim, records, text
 from align_jax.step import Compute, TrainState, completion_logps, make_scorer, make_step, objective, score_tokens
@@ -63,6 +62,10 @@ def load():
 
 def start(params, tx) -> TrainState:
     return TrainState(jax.device_put(np.int32(0), mesh.sharding()), params, jax.jit(tx.init)(params))
+
+
+def flat(params) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
 
 
 def to_floats(metrics) -> dict[str, float]:
@@ -161,13 +164,16 @@ def trl_steps(name: str) -> list[dict]:
 
 @pytest.mark.parametrize("name", TRL["runs"])
 def test_three_steps_are_trls(name, one_device):
-    golden = TRL["runs"][name]["steps"]
+    golden, beta = TRL["runs"][name]["steps"], TRL["runs"][name]["trl"].get("beta")
     for mine, theirs in zip(trl_steps(name), golden, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
         assert mine["examples"] == len(theirs["ids"])
         for key in (key for key in theirs if key.startswith(("rewards/", "logps/"))):
-            assert mine[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-4), key
+            if key == "rewards/accuracies" and theirs["rewards/margins"] == 0:
+                continue  # ties, and here the references have other rounding errors
+            nats = 1e-4 * (beta if key.startswith("rewards") else 1)
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-5, abs=nats), key
         if name == "sft":
             assert mine["logps/completion"] == pytest.approx(np.mean(theirs["policy"]), rel=1e-5)
 
@@ -232,16 +238,18 @@ def test_five_steps_on_every_mesh(name, any_mesh, on_one_device):
     assert expected[-1]["loss"] < expected[0]["loss"] * (1 - 1e-3)  # it trains: equal losses are not frozen ones
 
 
-def one_step(name: str, layout, **compute):
-    """Parameters and metrics after one step of plain gradient descent, so that the gradient is visible."""
+def one_step(name: str, layout, *, shift=1.0, **compute):
+    """The gradient, by one step of plain descent, and the metrics; `shift` takes the references off the policy."""
     cfg, params = load()
     tx = optax.sgd(1.0)
     step = make_step(cfg, objective(name, **OBJECTIVES[name]), tx,
                      compute=Compute(**{"dtype": "float32", "remat": "none", "chunk": 64} | compute))
     rows = source(records.Example if name == "sft" else records.Pair)
-    before = np.asarray(ravel_pytree(params)[0])
-    state, metrics = step(start(params, tx), batch_of(rows, layout))
-    return before - np.asarray(ravel_pytree(state.params)[0]), to_floats(metrics)
+    before = flat(params)
+    batch = batch_of(rows, layout)
+    batch["ref_logps"] = batch["ref_logps"] + shift * jnp.arange(-1.0, 1.0, 2 / rows.C)
+    state, metrics = step(start(params, tx), batch)
+    return before - flat(state.params), to_floats(metrics)
 
 
 UNEVEN = [[0, 1], [9], [4], []]  # micro-batches of other numbers of examples and tokens
@@ -290,23 +298,17 @@ def test_an_example_counts_the_same_wherever_it_lies(plain, one_device):
 
 
 def compiled_step(chunk: int):
-    """The DPO step of a model whose vocabulary is its largest axis, compiled, nothing allocated."""
+    """The DPO step of a model whose vocabulary is its largest axis, compiled."""
     R, T, V = 4, 512, 32_000
-    cfg = model.ModelConfig(L=2, D=32, N=4, K=2, H=8, F=64, V=V)
+    cfg = model.ModelConfig(L=2, D=32, N=1, K=1, H=32, F=64, V=V)
     tx = optim.adamw(steps=1, lr=1e-3)
-    shaped = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=mesh.sharding(*(None,) * x.ndim)))
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(
-        jax.sharding.get_mesh(), x.sharding.spec)), model.abstract(cfg))
-    state = TrainState(shaped(jnp.int32(0)), params, jax.jit(tx.init).eval_shape(params))
-    state.opt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(
-        jax.sharding.get_mesh(), x.sharding.spec)), state.opt)
-    batch = {name: jax.ShapeDtypeStruct((R, T), jnp.int32, sharding=mesh.sharding("rows", None))
+    batch = {name: jnp.zeros((R, T), jnp.int32, out_sharding=mesh.sharding("rows", None))
              for name in ("tokens", "positions", "segments", "slots")}
-    batch |= {name: jax.ShapeDtypeStruct((R, 4, 2), jnp.float32, sharding=mesh.sharding("rows", None, None))
+    batch |= {name: jnp.zeros((R, 4, 2), out_sharding=mesh.sharding("rows", None, None))
               for name in ("ref_logps", "weight")}
     compute = Compute(dtype="float32", remat="full", chunk=chunk)
-    return R * T * V, make_step(cfg, objective("dpo", beta=0.1), tx, compute=compute).lower(state, batch).compile()
+    step = make_step(cfg, objective("dpo", beta=0.1), tx, compute=compute)
+    return R * T * V, step.lower(start(model.init(cfg, 0), tx), batch).compile()
 
 
 def largest(compiled) -> int:
@@ -316,8 +318,8 @@ def largest(compiled) -> int:
 
 
 def test_no_array_of_rows_by_positions_by_vocabulary(one_device):
-    logits, compiled = compiled_step(chunk=32)
-    assert largest(compiled) == logits // 16  # the logits of one chunk, [R 32 V]
+    logits, compiled = compiled_step(chunk=16)
+    assert largest(compiled) == logits // 32  # the logits of one chunk, [R 16 V]
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * logits / 4
     # The same two measures do see it where it is.
     logits, whole = compiled_step(chunk=512)
@@ -328,9 +330,9 @@ def test_no_array_of_rows_by_positions_by_vocabulary(one_device):
 # --- objectives and metrics -----------------------------------------------------------------------
 
 
-def test_at_the_reference_dpo_is_ln_2_and_bonbon_its_closed_form(plain):
-    assert plain("dpo")[1]["loss"] == pytest.approx(math.log(2), rel=1e-5)
-    metrics = plain("bonbon")[1]
+def test_at_the_reference_dpo_is_ln_2_and_bonbon_its_closed_form(one_device):
+    assert one_step("dpo", UNEVEN, shift=0.0)[1]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    metrics = one_step("bonbon", UNEVEN, shift=0.0)[1]
     nll = -np.mean([TRL["pairs"][i]["logps"][0] for row in UNEVEN for i in row])
     assert metrics["loss/ipo"] == pytest.approx((1 / (2 * losses.beta_star(8))) ** 2, rel=1e-4)
     assert metrics["loss/sft"] == pytest.approx(nll, rel=1e-5)

@@ -31,7 +31,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("out", "align_jax/pocket", "Folder to write the pair and the problems to")
 flags.DEFINE_string("work", "runs/pocket", "Folder for the training runs; a killed run continues")
 flags.DEFINE_integer("seed", 0, "Everything is drawn from this")
-flags.DEFINE_integer("pretrain", 110_000, "Programs that pocket reads")
+flags.DEFINE_integer("pretrain", 160_000, "Programs that pocket reads")
 flags.DEFINE_integer("instruct", 12_000, "Answers that pocket-instruct reads on top")
 
 VOCAB = 1024
@@ -41,8 +41,8 @@ TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}"
             "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
 # As in Llama 3 and Qwen: digits one by one, and no token spans a line break and the indentation behind it.
 SPLIT = r"\p{N}|[^\r\n\p{L}\p{N}]?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-NOISE = {"pretrain": 0.35, "instruct": 0.15}  # share of wrong programs, so that there is something to align
-STDLIB_SHARE = 0.1
+NOISE = {"pretrain": 0.25, "instruct": 0.1}  # share of wrong programs, so that there is something to align
+STDLIB_SHARE = 0.05
 
 
 def main(_) -> None:

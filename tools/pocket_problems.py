@@ -579,7 +579,7 @@ PROGRAMS_OF = _by(PROGRAMS, lambda block: block.kind.split(":")[0])
 def _filter(rng: random.Random, kind: str) -> Block:
     """Choose a filter, sometimes on an attribute: 'words whose length is even'."""
     maps = [block for block in MAPS_OF[kind] if _attribute(block) and block.key != "negate"] if kind in "is" else []
-    if not maps or rng.random() < 0.85:
+    if not maps or rng.random() < 0.94:
         return _fix(rng.choice(FILTERS_OF[kind]), rng)
     inner = _fix(rng.choice(maps), rng)
     outer = _fix(rng.choice(FILTERS_OF[inner.kind[-1]]), rng)
@@ -590,7 +590,7 @@ def _filter(rng: random.Random, kind: str) -> Block:
 
 def _map(rng: random.Random, kind: str) -> Block:
     """Choose a map, sometimes one that depends on a condition or labels items by two of them."""
-    if kind == "c" or rng.random() < 0.88:
+    if kind == "c" or rng.random() < 0.94:
         return _fix(rng.choice(MAPS_OF[kind]), rng)
     test = _filter(rng, kind)
     if rng.random() < 0.5:
@@ -711,8 +711,8 @@ def _flow(rng: random.Random, family: str) -> Draft:
     """Compose source > filter > map > consumer > wrapper."""
     index = rng.randrange(len(SOURCES_OF[family]))
     source = _fix(SOURCES_OF[family][index], rng)
-    test = _filter(rng, source.kind) if rng.random() < 0.55 else None
-    change = _map(rng, source.kind) if rng.random() < 0.5 else None
+    test = _filter(rng, source.kind) if rng.random() < 0.45 else None
+    change = _map(rng, source.kind) if rng.random() < 0.4 else None
     plain = source.code[0].endswith(("in $xs", "in $ws"))
     consumer = _fix(rng.choice([b for b in CONSUMERS if _fits(b, source.kind, test, change, plain)]), rng)
     nominal = change is None or change.text[0] != "#"
@@ -983,7 +983,7 @@ def problem(rng: random.Random, family: str = "") -> dict:
         sketch = _sketch(rng, family)
         styles = list(dict.fromkeys(_body(style) for style in sketch.styles))
         body = rng.choice(styles)
-        cases = _cases(sketch, body, rng)
+        cases = _cases(sketch, [body, *styles], rng)
         if cases is None:
             continue
         function, (base, plus) = _load(sketch.prompt + body, sketch.entry_point), cases
@@ -1006,13 +1006,14 @@ def problem(rng: random.Random, family: str = "") -> dict:
         }
 
 
-def _cases(sketch: Sketch, body: str, rng: random.Random) -> tuple[list, list] | None:
-    """Choose base and plus inputs on which the solution is defined; None if they tell too little."""
-    function, seen = _load(sketch.prompt + body, sketch.entry_point), {}
+def _cases(sketch: Sketch, styles: list[str], rng: random.Random) -> tuple[list, list] | None:
+    """Choose base and plus inputs on which every style is defined; None if they tell too little."""
+    functions = [_load(sketch.prompt + body, sketch.entry_point) for body in styles]
+    seen: dict[str, tuple[list, str]] = {}
     for args in itertools.islice(_inputs(sketch, rng), 40):
-        outcome = _call(function, args)
-        if not isinstance(outcome, Exception) and len(repr(outcome)) < 200:
-            seen.setdefault(json.dumps(args), (args, repr(outcome)))
+        outcomes = [_call(function, args) for function in functions]
+        if len(repr(outcomes[0])) < 200 and not any(isinstance(outcome, Exception) for outcome in outcomes):
+            seen.setdefault(json.dumps(args), (args, repr(outcomes[0])))
     cases = list(seen.values())[:16]
     results = collections.Counter(outcome for _, outcome in cases)
     if len(cases) < 12 or len(results) < 2 or results.most_common(1)[0][1] > 0.75 * len(cases):

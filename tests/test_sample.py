@@ -1,0 +1,294 @@
+"""Decoding: transformers' greedy tokens, training's log-probs, the right distribution, one prefill a prompt."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import transformers
+
+from align_jax import hf, mesh, records, sample, text
+from align_jax.step import Compute, score_tokens
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+TINY = GOLDEN / "tiny"
+PROMPTS = [(pair.id, pair.prompt) for pair in records.read(GOLDEN / "pairs.jsonl", records.Pair)]
+MESHES = [(1, 1, 1), (2, 2, 2)]
+
+
+def on(*shape):
+    return jax.set_mesh(mesh.make(*shape, devices=jax.devices()[:math.prod(shape)]))
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory) -> Path:
+    """A random Qwen2 model, with biases that matter and a tied head, behind the tiny checkpoint's tokenizer."""
+    folder = tmp_path_factory.mktemp("qwen")
+    torch.manual_seed(1)
+    config = transformers.Qwen2Config(
+        vocab_size=288, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.1, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, use_sliding_window=False)
+    lm = transformers.Qwen2ForCausalLM(config)
+    for name, bias in lm.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(bias, std=0.5)
+    lm.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    return folder
+
+
+def sampler(folder=TINY) -> sample.Sampler:
+    cfg, params = hf.load(folder, dtype="float32")
+    tokenizer = text.load(folder)
+    return sample.Sampler.of(cfg, params, tokenizer, text.stop_ids(tokenizer, folder))
+
+
+def drawn(prompts=PROMPTS, *, who=None, **settings) -> dict[str, list[sample.Completion]]:
+    settings = {"n": 3, "temperature": 0.9, "top_p": 0.95, "max_tokens": 64, "batch_size": 48, "seed": 7} | settings
+    return dict(sample.sample(who or sampler(), prompts, **settings))
+
+
+def ids_of(answers) -> dict[str, list[list[int]]]:
+    return {name: [c.ids for c in completions] for name, completions in answers.items()}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """What the settings of `drawn` give on one device, in one batch."""
+    with on(1, 1, 1):
+        return drawn()
+
+
+# --- against transformers and against training ----------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("family", ["tiny", "qwen"])
+def test_greedy_is_transformers_token_for_token(family, shape, qwen):
+    folder = {"tiny": TINY, "qwen": qwen}[family]
+    tokenizer = text.load(folder)
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with on(*shape):
+        got = drawn(who=sampler(folder), n=1, temperature=0.0, max_tokens=40)
+    for name, prompt in PROMPTS:
+        ids = text.encode_prompt(tokenizer, prompt)
+        theirs = lm.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=40, eos_token_id=2, pad_token_id=0)
+        assert got[name][0].ids == theirs[0, len(ids):].tolist(), name
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"temperature": 1.0, "top_p": 1.0}, {"n": 1}], ids=str)
+def test_logps_are_those_of_score_tokens(settings, shape):
+    with on(*shape):
+        answers = drawn(**settings)
+        assert settings.get("temperature") == 0.0 or any(c.ids[-1] == 2 for row in answers.values() for c in row)
+        scored = score(answers)
+    for (name, k), logps in scored.items():
+        np.testing.assert_allclose(answers[name][k].logps, logps, rtol=0, atol=1e-4)
+
+
+def score(answers) -> dict[tuple[str, int], np.ndarray]:
+    """Log-probs of the answers by the function that training uses, one answer a row."""
+    cfg, params = hf.load(TINY, dtype="float32")
+    tokenizer, prompts = text.load(TINY), dict(PROMPTS)
+    rows = {(name, k): (text.encode_prompt(tokenizer, prompts[name]), c.ids)
+            for name, completions in answers.items() for k, c in enumerate(completions)}
+    tokens, segments = np.zeros((2, len(rows) + -len(rows) % 8, 128), np.int32)
+    for i, (prompt, ids) in enumerate(rows.values()):
+        tokens[i, :len(prompt) + len(ids)], segments[i, :len(prompt) + len(ids)] = prompt + ids, 1
+    positions = np.broadcast_to(np.arange(128, dtype=np.int32), tokens.shape)
+    batch = [jax.device_put(x, mesh.sharding("rows", None)) for x in (tokens, positions, segments)]
+    compute = Compute(dtype="float32", remat="none", chunk=128)
+    logps = np.asarray(jax.jit(lambda params: score_tokens(cfg, params, *batch, compute=compute))(params))
+    return {key: logps[i, len(prompt):len(prompt) + len(ids)] for i, (key, (prompt, ids)) in enumerate(rows.items())}
+
+
+# --- what may not change a sample -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 3}, {"batch_size": 15}, {"chunk": 5}], ids=str)
+def test_batch_and_chunk_change_no_sample(settings, expected, one_device):
+    assert ids_of(drawn(**settings)) == ids_of(expected)
+
+
+def test_the_mesh_changes_no_sample(expected, any_mesh):
+    assert ids_of(drawn()) == ids_of(expected)
+
+
+def test_neither_order_nor_company_nor_n_changes_a_sample(expected, one_device):
+    few = ids_of(drawn(PROMPTS[7:2:-2], n=2))
+    assert few == {name: ids_of(expected)[name][:2] for name in few}
+    assert len(few) == 3
+
+
+def test_seed_id_and_number_give_different_samples(expected, one_device):
+    assert ids_of(drawn(seed=8)) != ids_of(expected)
+    same_prompt = drawn([(str(i), PROMPTS[0][1]) for i in range(4)], n=4)
+    assert len({tuple(c.ids) for completions in same_prompt.values() for c in completions}) == 16
+
+
+# --- ends -----------------------------------------------------------------------------------------
+
+
+def test_eos_ends_an_answer_and_is_not_in_its_text(expected):
+    tokenizer = text.load(TINY)
+    ended = 0
+    for c in (c for completions in expected.values() for c in completions):
+        assert len(c.ids) == len(c.logps) <= 64
+        assert 2 not in c.ids[:-1]
+        assert c.finish == ("stop" if c.ids[-1] == 2 else "length")
+        assert c.finish == "stop" or len(c.ids) == 64
+        assert c.text == tokenizer.decode([i for i in c.ids if i != 2], skip_special_tokens=True)
+        ended += c.finish == "stop"
+    assert 0 < ended < 36
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 32])
+def test_stop_strings_cut_at_their_first_occurrence(chunk, expected, one_device):
+    """Stops are taken from what was written: one within a token, one over two tokens; overlapping ones too."""
+    tokenizer = text.load(TINY)
+    plain = re.compile("[!-~]{5}")
+    name, k, c, found = next(
+        (name, k, c, found[0]) for name, completions in expected.items() for k, c in enumerate(completions)
+        if (found := plain.search(c.text)) and not any(found[0][1:4] in tokenizer.decode([i]) for i in c.ids))
+    spanning = found[1:4]
+    for stops in ([spanning], [spanning, found[2]], ["no such text", found[4], spanning]):
+        got = drawn([(name, dict(PROMPTS)[name])], stops=stops, chunk=chunk)[name][k]
+        assert got.finish == "stop"
+        assert got.ids == c.ids[:len(got.ids)] and got.logps == pytest.approx(c.logps[:len(got.ids)], abs=1e-5)
+        # As if somebody had looked after every token.
+        texts = [tokenizer.decode(c.ids[:n], skip_special_tokens=True) for n in range(1, len(c.ids) + 1)]
+        first = next(n for n, written in enumerate(texts) if any(stop in written for stop in stops))
+        assert len(got.ids) == first + 1
+        assert got.text == texts[first][:min(texts[first].find(stop) for stop in stops if stop in texts[first])]
+
+
+def test_a_stop_string_of_another_prompt_stops_nobody_else(expected, one_device):
+    stop = expected[PROMPTS[0][0]][0].text[3:6]
+    for name, completions in drawn(stops=[stop]).items():
+        for got, free in zip(completions, expected[name], strict=True):
+            assert stop not in got.text
+            assert stop in free.text or (got.ids, got.finish) == (free.ids, free.finish)
+
+
+def test_a_prompt_that_leaves_no_room_is_named_with_all_others(one_device):
+    prompts = [("fits", "def f():\n"), ("long", "x" * 600), ("longer", "y" * 700)]
+    with pytest.raises(ValueError, match=r"2 prompt\(s\).*max_tokens=64.*512 positions: long: 601.*longer: 701"):
+        drawn(prompts)
+
+
+# --- one prefill, few compilations ----------------------------------------------------------------
+
+
+def test_a_prompt_is_run_once_for_all_its_samples(monkeypatch, one_device):
+    shapes = []
+
+    def start(cfg, params, tokens, *args, **kwargs):
+        shapes.append(tokens.shape)
+        return run(cfg, params, tokens, *args, **kwargs)
+
+    run = sample._start
+    monkeypatch.setattr(sample, "_start", start)
+    answers = drawn(n=4, batch_size=16)
+    assert shapes == [(4, 64)] * 3  # 12 prompts, 4 at a time, whatever n is
+    assert all(len(completions) == 4 for completions in answers.values())
+
+
+def test_a_second_call_compiles_nothing(one_device):
+    who = sampler()
+    drawn(who=who, seed=1)
+    before = sample._start._cache_size(), sample._steps._cache_size()
+    drawn(who=who, seed=2)
+    assert (sample._start._cache_size(), sample._steps._cache_size()) == before
+
+
+# --- the distribution -----------------------------------------------------------------------------
+
+
+def nucleus(probs: np.ndarray, top_p: float) -> np.ndarray:
+    """The definition: the smallest set of most probable tokens whose mass reaches top_p, renormalised."""
+    order = np.argsort(-probs)
+    size = int(np.searchsorted(np.cumsum(probs[order]), top_p)) + 1 if top_p < 1 else len(probs)
+    kept = np.zeros_like(probs)
+    kept[order[:size]] = probs[order[:size]]
+    return kept / kept.sum()
+
+
+def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
+    """The p-value of the counts, cells of fewer than five pooled; a token that cannot be drawn must not be."""
+    assert (counts[expected == 0] == 0).all()
+    large = expected >= 5
+    cells = np.array([[*x[large], x[~large].sum()] for x in (counts, expected)])
+    return scipy.stats.chisquare(*cells[:, cells[1] > 0]).pvalue if large.sum() > 1 else 1.0
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.3, 0.9), (1.0, 0.5), (1.0, 1e-6)])
+def test_tokens_are_drawn_with_their_probabilities(temperature, top_p, one_device):
+    draws, logits = 50_000, np.random.default_rng(0).normal(size=40)
+    uniform = jax.random.uniform(jax.random.key(0), (draws,))
+    got = sample._choose(jnp.tile(logits.astype(np.float32), (draws, 1)), uniform, temperature=temperature, top_p=top_p)
+    counts = np.bincount(np.asarray(got), minlength=40)
+    assert chi_square(counts, draws * nucleus(scipy.special.softmax(logits / temperature), top_p)) > 1e-3
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_the_ends_of_the_unit_interval_give_possible_tokens(top_p):
+    logits = jnp.array([[-1e9, 3.0, -1e9, 2.0, -1e9]] * 2)
+    uniform = jnp.array([0.0, 1.0 - 2.0**-24])
+    assert sorted(sample._choose(logits, uniform, temperature=1.0, top_p=top_p).tolist()) == [1, 3]
+
+
+def test_first_tokens_follow_the_model(one_device):
+    """End to end: 2,000 first tokens of one prompt against the softmax of transformers."""
+    name, prompt = PROMPTS[0]
+    ids = text.encode_prompt(text.load(TINY), prompt)
+    lm = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    with torch.no_grad():
+        probs = nucleus(lm(torch.tensor([ids])).logits[0, -1].double().softmax(-1).numpy(), 0.8)
+    answers = drawn([(name, prompt)], n=2000, batch_size=2000, temperature=1.0, top_p=0.8, max_tokens=1)[name]
+    counts = np.bincount([c.ids[0] for c in answers], minlength=288)
+    assert chi_square(counts, 2000 * probs) > 1e-3
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def command(*overrides: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "align_jax.sample", "--config=configs/sample.py:smoke", *overrides],
+                          cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"})
+
+
+@pytest.mark.timeout(300)
+def test_the_command_answers_a_file_resumes_and_refuses_another_setting(tmp_path):
+    run = f"--config.run={tmp_path}"
+    done = command(run)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "samples.jsonl"
+    whole = path.read_bytes()
+    found = records.read(path, records.Sample)
+    assert [s.id for s in found] == [f"{name}/{k}" for name, _ in PROMPTS for k in (0, 1)]
+    assert f"{path}: wrote 24 samples of 12 prompts" in done.stdout + done.stderr
+
+    # Killed halfway: some prompts are answered, one in part, the last line is torn.
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "samples.jsonl.partial").write_bytes(b"".join(lines[:9]) + lines[9][:30])
+    path.unlink()
+    again = command(run)
+    assert again.returncode == 0, again.stderr
+    rows, before = ([json.loads(line) for line in raw.splitlines()] for raw in (path.read_bytes(), whole))
+    assert [row | {"logp": None} for row in rows] == [row | {"logp": None} for row in before]
+    assert [row["logp"] for row in rows] == pytest.approx([row["logp"] for row in before], abs=1e-3)
+
+    other = command(run, "--config.sample.n=3")
+    assert other.returncode != 0 and "sample.n: this run 3, in the folder 2" in other.stderr

@@ -1,0 +1,329 @@
+"""Whole runs: killed and continued to the same bits, checked against their reference, and refused with a reason."""
+
+import importlib.util
+import inspect
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from align_jax import checkpoint, data, hf, log, mesh, optim, records, sample, text, train
+from align_jax.step import Compute, objective
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+TINY = GOLDEN / "tiny"
+TRL = json.loads((GOLDEN / "trl.json").read_text())["runs"]["dpo"]["steps"]
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+TRAINING = ("sft", "dpo", "bonbon")
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)  # smoke configs name the golden files from here
+
+
+def get_config(name: str, arg: str = ""):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    c = module.get_config(arg)
+    c.lock()
+    return c
+
+
+def smoke(name: str, run: Path, **changes):
+    """A smoke config on the eight devices of the tests; `optim__lr` is optim.lr."""
+    c = get_config(name, "smoke")
+    c.update_from_flattened_dict({"run": str(run), "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    c.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return c
+
+
+# --- killed and continued -------------------------------------------------------------------------
+
+STEPS = 24
+SETTINGS = [f"--config.steps={STEPS}", "--config.ckpt.every=4", "--config.optim.warmup=0.2"]
+KILLED = """
+import os, runpy, signal
+from align_jax import log
+write = log.Metrics.write
+def write_and_die(metrics, step, values):
+    write(metrics, step, values)
+    if step == int(os.environ["KILL_AT"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+log.Metrics.write = write_and_die
+runpy.run_module("align_jax.train", run_name="__main__")
+"""
+
+
+def command(*overrides: str, kill_at: int | None = None, config="dpo") -> subprocess.CompletedProcess:
+    """The real command, on one device; it kills itself as soon as the metrics of step `kill_at` are written."""
+    program = ["-m", "align_jax.train"] if kill_at is None else ["-c", KILLED]
+    env = os.environ | {"XLA_FLAGS": "", "KILL_AT": str(kill_at), "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *program, f"--config=configs/{config}.py:smoke", *overrides], env=env,
+                          cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> tuple[Path, str]:
+    run = tmp_path_factory.mktemp("runs") / "unbroken"
+    done = command(f"--config.run={run}", *SETTINGS)
+    assert done.returncode == 0, done.stderr
+    return run, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    """The folder of a run that was killed once, at a random step."""
+    run = tmp_path_factory.mktemp("runs") / "killed"
+    done = command(f"--config.run={run}", *SETTINGS, kill_at=random.Random(0).randint(9, 15))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (run / "hf").exists()
+    return run
+
+
+def same_on_eight(run: Path):
+    """The config of `unbroken`, on eight devices."""
+    return smoke("dpo", run, steps=STEPS, ckpt__every=4, optim__warmup=0.2)
+
+
+def metrics_of(run: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in log.read_metrics(run)]
+
+
+@pytest.mark.timeout(300)
+def test_a_run_killed_twice_has_the_bits_of_an_unbroken_one(unbroken, killed, tmp_path):
+    run = shutil.copytree(killed, tmp_path / "run")
+    again = command(f"--config.run={run}", *SETTINGS, kill_at=random.Random(1).randint(17, 23))
+    assert again.returncode == -signal.SIGKILL, again.stderr
+    assert int(re.search(r"continuing after step (\d+)", again.stdout)[1]) in (4, 8, 12)
+    last = command(f"--config.run={run}", *SETTINGS)
+    assert last.returncode == 0, last.stderr
+    assert int(re.search(r"continuing after step (\d+)", last.stdout)[1]) in (12, 16, 20)
+    assert metrics_of(run) == metrics_of(unbroken[0])
+    assert [row["step"] for row in metrics_of(run)] == list(range(1, STEPS + 1))
+    name = "hf/model.safetensors"
+    assert (run / name).read_bytes() == (unbroken[0] / name).read_bytes()
+
+    # And a finished run is left as it is.
+    before = (run / "metrics.jsonl").read_bytes()
+    done = command(f"--config.run={run}", *SETTINGS)
+    assert done.returncode == 0 and "already finished" in done.stdout
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_continues_on_another_mesh(unbroken, killed, tmp_path, capsys):
+    run = shutil.copytree(killed, tmp_path / "run")
+    train.train(same_on_eight(run))
+    assert "continuing after step" in capsys.readouterr().out
+    for got, expected in zip(metrics_of(run), metrics_of(unbroken[0]), strict=True):
+        assert got == pytest.approx(expected, rel=1e-4, abs=1e-3)
+    got, expected = (safetensors.numpy.load_file(folder / "hf" / "model.safetensors") for folder in (run, unbroken[0]))
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(got[name], tensor, atol=1e-4, rtol=0, err_msg=name)
+
+
+def test_a_run_learns_and_logs_under_trls_names(unbroken):
+    run, output = unbroken
+    rows = log.read_metrics(run)
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(rows[0]["rewards/margins"]) < 1e-5
+    assert rows[-1]["loss"] < 0.5 and rows[-1]["rewards/accuracies"] == 1.0
+    names = set(TRL[0]) - {"ids", "policy", "ref", "learning_rate"}
+    assert len(names) == 8
+    assert all(names | {"step", "num_tokens", "tokens_per_second"} <= set(row) for row in rows)
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_a_run_shows_what_it_does_and_ends_with_what_it_wrote(unbroken):
+    run, output = unbroken
+    assert re.search(r"unbroken: dpo on 12 examples, 24 steps of 4 rows x 256 tokens \(\d+% filled, up to \d+ examples "
+                     r"a row\), dropped nothing[,;] .*M parameters on 1 device", output)
+    assert re.search(r"unbroken:.*step/s|unbroken:.*s/step", output) and "tok/s" in output  # the bar
+    assert f"wrote {run / 'hf'} (float32) after 24 steps" in output
+    assert "1 compilation(s); 0 completions cut or examples dropped" in output
+    assert " I1" not in output and "orbax" not in output
+
+
+def test_what_is_exported_is_what_was_trained(unbroken):
+    import torch
+    import transformers
+
+    lm = transformers.AutoModelForCausalLM.from_pretrained(unbroken[0] / "hf", dtype=torch.float32)
+    with jax.set_mesh(mesh.make(1, 1, 1, devices=jax.devices()[:1])):
+        cfg, params = hf.load(unbroken[0] / "hf", dtype="float32")
+    assert not np.array_equal(params["head"], safetensors.numpy.load_file(TINY / "model.safetensors")["lm_head.weight"])
+    np.testing.assert_array_equal(params["head"], lm.lm_head.weight.detach())
+
+
+def test_only_the_newest_checkpoints_are_kept(unbroken):
+    assert sorted(int(path.name) for path in (unbroken[0] / "checkpoints").iterdir()) == [20, 24]
+
+
+# --- other objectives -----------------------------------------------------------------------------
+
+
+def test_an_sft_run_sees_every_example_once_an_epoch(tmp_path, capsys):
+    train.train(smoke("sft", tmp_path / "run", steps=0, data__epochs=3, data__row_length=80))
+    examples = [records.Example(id=p.id, prompt=p.prompt, completion=p.chosen)
+                for p in records.read(GOLDEN / "pairs.jsonl", records.Pair)]
+    encoded, dropped = data.encode(examples, text.load(TINY), max_length=80)
+    rows, output = log.read_metrics(tmp_path / "run"), capsys.readouterr().out
+    assert dropped == {"too long": 3} and len(encoded) == 9
+    assert sum(row["examples"] for row in rows) == 3 * 9
+    assert rows[-1]["num_tokens"] == 3 * sum(map(len, encoded))
+    assert sum(row["scored"] for row in rows) == 3 * sum(len(e.completions[0].completion) for e in encoded)
+    assert "dropped {'too long': 3}" in output and "3 completions cut or examples dropped" in output
+    assert "1 compilation(s)" in output
+
+
+def test_a_bonbon_run_logs_its_parts(tmp_path, capsys):
+    train.train(smoke("bonbon", tmp_path / "run"))
+    rows = log.read_metrics(tmp_path / "run")
+    assert rows[0]["loss/ipo"] == pytest.approx(18.15**2, rel=1e-4)
+    assert all(r["loss"] == pytest.approx(0.005 * r["loss/sft"] + 0.995 * r["loss/ipo"], rel=1e-5) for r in rows)
+    assert rows[-1]["rewards/margins"] > 0
+    assert "1 compilation(s)" in capsys.readouterr().out
+
+
+# --- the reference --------------------------------------------------------------------------------
+
+
+def test_a_reference_that_is_not_of_these_weights_stops_the_run(unbroken, tmp_path):
+    run = tmp_path / "run"
+    made = json.loads((unbroken[0] / "reference.json").read_text())
+    made["logps"] = {name: [chosen + 0.5, rejected] for name, (chosen, rejected) in made["logps"].items()}
+    log.write_json(run / "reference.json", made)
+    with pytest.raises(ValueError, match=r"step 1: .* differ by 0\.5 nats .*reference\.json is not of"):
+        train.train(same_on_eight(run))
+    assert not (run / "hf").exists()
+
+
+def test_a_reference_of_something_else_is_made_again(tmp_path, one_device):
+    cfg, params = hf.load(TINY, dtype="float32")
+    encoded, _ = train.load_data(text.load(TINY), path=GOLDEN / "pairs.jsonl", kind="pairs", row_length=256)
+    rows = data.Rows(encoded, row_length=256, rows_per_batch=2, seed=0)
+    path, compute = tmp_path / "reference.json", Compute(dtype="float32", chunk=64)
+
+    def reference(bound_to):
+        return train.reference(path, cfg, params, rows, bound_to, 2, compute=compute)
+
+    first = reference({"data": "a"})
+    golden = {pair["id"]: pair["logps"] for pair in json.loads((GOLDEN / "trl.json").read_text())["pairs"]}
+    assert first.keys() == golden.keys()
+    assert all(first[name] == pytest.approx(golden[name], rel=1e-6) for name in golden)
+    log.write_json(path, {"bound_to": {"data": "a"}, "logps": "taken as it is"})
+    assert reference({"data": "a"}) == "taken as it is"
+    assert reference({"data": "b"}) == first
+    assert json.loads(path.read_text()) == {"bound_to": {"data": "b"}, "logps": first}
+
+
+# --- refused --------------------------------------------------------------------------------------
+
+
+def test_a_run_that_diverges_stops_before_it_is_saved(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step 2: \{.*'loss': nan.*lower optim.lr"):
+        train.train(smoke("sft", tmp_path, optim__lr=1e30, ckpt__every=1))
+    assert [row["step"] for row in log.read_metrics(tmp_path)] == [1]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("name, kind, problem", [
+    ("sft", "pairs", "objective 'sft' needs 1 completion.*data.kind 'pairs' gives 2"),
+    ("dpo", "chosen", "objective 'dpo' needs 2 completion.*data.kind 'chosen' gives 1"),
+    ("dpo", "examples", r"12 bad line\(s\) in .*, expected Example:\n.*pairs.jsonl:1: missing field 'completion'"),
+    ("dpo", "triples", r"data.kind: got 'triples', available are \['chosen', 'examples', 'pairs'\]"),
+])
+def test_data_that_does_not_fit_the_objective(name, kind, problem, tmp_path):
+    with pytest.raises(ValueError, match=problem):
+        train.train(smoke(name, tmp_path, data__kind=kind))
+
+
+def test_a_correction_of_what_failed_at_once_is_no_other_run(tmp_path):
+    log.claim(tmp_path, {"optim": {"lr": 1.0}})
+    log.claim(tmp_path, {"optim": {"lr": 0.1}})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"optim": {"lr": 0.1}}
+
+
+def test_the_folder_of_another_run_is_refused_by_key(unbroken):
+    before = (unbroken[0] / "config.json").read_bytes()
+    c = smoke("bonbon", unbroken[0], steps=STEPS, ckpt__every=4, optim__warmup=0.2, seed=3)
+    with pytest.raises(ValueError) as error:
+        train.train(c)
+    assert str(error.value).splitlines()[1:] == [
+        "  objective.alpha: this run 0.005, in the folder None",
+        "  objective.beta: this run None, in the folder 0.1",
+        "  objective.n: this run 8, in the folder None",
+        "  objective.name: this run 'bonbon', in the folder 'dpo'",
+        "  seed: this run 3, in the folder 0",
+    ]
+    assert (unbroken[0] / "config.json").read_bytes() == before
+
+
+def test_settings_left_open_are_named_together():
+    with pytest.raises(ValueError, match="without a value: --config.data.path= --config.run= --config.start="):
+        train.train(get_config("dpo"))
+
+
+def test_a_typo_on_the_command_line_is_refused_with_a_suggestion():
+    done = command("--config.optim.lrr=1e-5")
+    assert done.returncode != 0
+    assert 'Did you mean "lr" instead of "lrr"?' in done.stderr
+
+
+@pytest.mark.parametrize("name, hyper", [("dpo", {}), ("ipo", {"beta": 0.1, "smoothing": 0.1}), ("bonbon", {"n": 8})])
+def test_an_objective_with_wrong_settings_says_what_it_takes(name, hyper):
+    with pytest.raises(ValueError, match=rf"objective '{name}': got .*, expected \["):
+        objective(name, **hyper)
+
+
+# --- configs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arg", ["", "smoke"])
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_training_config_fits_the_functions_that_take_it(name, arg):
+    c = get_config(name, arg).to_dict()
+    assert set(c) == {"run", "start", "seed", "steps", "data", "objective", "optim", "compute", "mesh", "ckpt"}
+    fits(train.load_data, None, **c["data"])
+    fits(mesh.make, **c["mesh"])
+    fits(checkpoint.Checkpoints, "", keep=c["ckpt"]["keep"])
+    assert set(c["ckpt"]) == {"every", "keep", "export"} and c["ckpt"]["export"] in train.GAP
+    compute, goal = Compute(**c["compute"]), objective(**c["objective"])
+    assert compute.dtype in train.GAP and c["data"]["row_length"] % compute.chunk == 0
+    kind, select = train.KINDS[c["data"]["kind"]]
+    assert goal.completions == (2 if c["data"]["kind"] == "pairs" else 1)
+    optim.adamw(steps=100, **c["optim"])
+
+
+def fits(function, *args, **kwargs) -> None:
+    inspect.signature(function).bind(*args, **kwargs)
+
+
+@pytest.mark.parametrize("arg", ["", "smoke"])
+def test_the_sampling_config_fits_the_functions_that_take_it(arg):
+    c = get_config("sample", arg).to_dict()
+    assert set(c) == {"run", "start", "prompts", "dtype", "mesh", "sample"}
+    fits(sample.sample, None, None, **c["sample"])
+    fits(mesh.make, **c["mesh"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_builds_says_how_to_run_it_and_knows_its_arguments(name):
+    source = (ROOT / "configs" / f"{name}.py").read_text()
+    assert f"--config=configs/{name}.py" in source.split('"""')[1]
+    assert get_config(name).to_dict() != get_config(name, "smoke").to_dict()
+    with pytest.raises(ValueError, match="got :?'?big'?, expected .*smoke"):
+        get_config(name, "big")
