@@ -25,10 +25,15 @@ class Checkpoints:
         self._orbax.save_async(step, state, custom_metadata={"place": place}, overwrite=True, force=True)
 
     def restore(self, like):
-        """Return (step, state, place) of the newest whole checkpoint, sharded as `like`; None if there is none."""
+        """Return (step, state, place) of the newest whole checkpoint, sharded as `like`; None if there is none.
+
+        The arrays of `like` are given up for those of the checkpoint: both at once would not fit.
+        """
         latest = self._orbax.latest
         if latest is None:
             return None
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        for leaf in jax.tree.leaves(like):
+            leaf.delete()
         state = self._orbax.load(latest.step, wanted)
         return latest.step, state, self._orbax.metadata(latest.step).custom_metadata["place"]

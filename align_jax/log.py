@@ -53,9 +53,14 @@ def claim(folder: str | Path, config: dict) -> Path:
 
 def write_json(path: Path, value) -> None:
     """Write JSON whole or not at all."""
+    replace(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def replace(path: Path, content: str) -> None:
+    """Write a text file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    part.write_text(content)
     os.replace(part, path)
 
 
@@ -75,7 +80,7 @@ class Metrics:
 
             lines = self.path.read_text().splitlines() if self.path.is_file() else []
             kept = [line for line in lines if _step_of(line) <= first_step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            replace(self.path, "".join(line + "\n" for line in kept))
             self.file = self.path.open("a", buffering=1)
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
             if kept:

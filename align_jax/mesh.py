@@ -51,7 +51,8 @@ def num_row_shards() -> int:
 
 
 def start_hosts() -> None:
-    """Join the other hosts when a launcher has said where they are (Cloud TPU, SLURM, or JAX_COORDINATOR_ADDRESS)."""
-    if os.environ.get("JAX_COORDINATOR_ADDRESS") or os.environ.get("SLURM_NTASKS", "1") != "1" \
-            or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
+    """Join the other hosts: under srun, on a TPU VM, or where JAX_COORDINATOR_ADDRESS says who leads."""
+    is_tpu = any(os.path.exists(device) for device in ("/dev/accel0", "/dev/vfio/0"))
+    is_srun = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1  # SLURM_NTASKS is set in a bare allocation too
+    if os.environ.get("JAX_COORDINATOR_ADDRESS") or is_srun or is_tpu:
         jax.distributed.initialize()

@@ -112,7 +112,7 @@ class Layers(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Token ids to final hidden states; `unembed` turns those into logits, a few positions at a time."""
+    """Token ids to final hidden states; `head` and `unembed` turn those into logits, a few positions at a time."""
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         self.embed = _weight(rngs, (cfg.V, cfg.D), ("vocab", "embed"), cfg.init_scale)
@@ -165,11 +165,15 @@ def cached(cfg: ModelConfig, params: Params, tokens: Int[Array, "R T"], position
     return rms_norm(x, params["final_norm"], cfg.norm_eps), kept
 
 
-def unembed(params: Params, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+def head(params: Params, dtype) -> Float[Array, "V D"]:
+    """The output matrix, gathered over fsdp: once, and not again in every chunk of a loop over logits."""
+    return jax.sharding.reshard(params.get("head", params["embed"]).astype(dtype), spec("vocab", None))
+
+
+def unembed(head: Float[Array, "V D"], x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Project hidden states to fp32 logits; the vocabulary stays split over the tensor axis."""
-    head = params.get("head", params["embed"])
     middle = (None,) * (x.ndim - 2)
-    return jnp.einsum("...D,VD->...V", x, _cast(head, x), preferred_element_type=jnp.float32,
+    return jnp.einsum("...D,VD->...V", x, head, preferred_element_type=jnp.float32,
                       out_sharding=spec("rows", *middle, "vocab"))
 
 

@@ -1,14 +1,23 @@
 """AdamW, the learning-rate schedule, and which weights decay."""
 
+from collections.abc import Mapping
+
 import jax
+import numpy as np
 import optax
 
 DECAYS = ("constant", "linear", "cosine")
 NO_DECAY = ("norm", "bias")  # parts of a parameter's name that exempt it from weight decay
 
 
+def rates(steps: int, optim: Mapping) -> np.ndarray:
+    """The learning rate of every step under the optim section of a config."""
+    rate = schedule(steps=steps, **{key: optim[key] for key in optim.keys() & {"lr", "warmup", "decay", "final"}})
+    return np.asarray(jax.vmap(rate)(np.arange(steps)))
+
+
 def schedule(*, lr: float, steps: int, warmup: float = 0.0, decay: str = "cosine", final: float = 0.0):
-    """Linear warm-up over a share of the steps, then a decay to `final` * lr at the last step."""
+    """Linear warm-up over a share of the steps, then a decay that would reach `final` * lr a step after the last."""
     if decay not in DECAYS:
         raise ValueError(f"optim.decay: got {decay!r}, available are {DECAYS}")
     if not 0 <= warmup < 1:

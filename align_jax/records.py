@@ -155,6 +155,25 @@ def write(path: str | Path, rows: Iterable[Any]) -> int:
     return count
 
 
+class Appender:
+    """A JSONL file that begins with some rows and takes more, flushed after every write."""
+
+    def __init__(self, path: Path, first: Iterable[Any]):
+        write(path, first)
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._file.close()
+
+    def write(self, rows: Iterable[Any]) -> None:
+        """Append rows; a kill can cut the last one short, which `read(bad_lines="skip")` leaves out."""
+        self._file.writelines(map(line, rows))
+        self._file.flush()
+
+
 def line(row: Any) -> str:
     """One dataclass or dict as a line of JSON."""
     row = dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row

@@ -7,10 +7,11 @@ Keys and values of a prompt [B S K H] are shared by its n sequences; each of the
 stop strings. A completion depends on (seed, prompt id, k) alone, not on what it was batched with.
 """
 
+import contextlib
 import dataclasses
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, logging
+from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
 from align_jax import hf, log, mesh, model, records, text
@@ -48,8 +50,14 @@ class Sampler:
     @classmethod
     def of(cls, cfg: ModelConfig, params: Params, tokenizer, stop_ids: Sequence[int]) -> "Sampler":
         """Take the weights of a model apart by layer."""
-        layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(cfg.L)]
-        return cls(cfg, params | {"layers": layers}, tokenizer, tuple(stop_ids))
+        return cls(cfg, params | {"layers": _by_layer(params["layers"], cfg.L)}, tokenizer, tuple(stop_ids))
+
+    @classmethod
+    def load(cls, folder: str | Path, *, dtype: str) -> "Sampler":
+        """Load a Hugging Face checkpoint to sample from."""
+        cfg, params = hf.load(folder, dtype=dtype)
+        tokenizer = text.load(folder)
+        return cls.of(cfg, params, tokenizer, text.stop_ids(tokenizer, folder))
 
 
 def sample(sampler: Sampler, prompts: Sequence[tuple[str, Text]], *, n: int = 1, temperature: float = 1.0,
@@ -62,8 +70,7 @@ def sample(sampler: Sampler, prompts: Sequence[tuple[str, Text]], *, n: int = 1,
     Raises:
       ValueError: a prompt and its answer cannot fit the positions the model was trained for.
     """
-    encoded = [(name, text.encode_prompt(sampler.tokenizer, prompt)) for name, prompt in prompts]
-    _check_lengths(encoded, sampler.cfg, max_tokens)
+    encoded = _encode(sampler, prompts, max_tokens)
     encoded.sort(key=lambda item: len(item[1]))
     shards = mesh.num_row_shards()
     B = -(-max(batch_size // n, 1) // shards) * shards
@@ -75,6 +82,39 @@ def sample(sampler: Sampler, prompts: Sequence[tuple[str, Text]], *, n: int = 1,
         for b, (name, _) in enumerate(batch):
             rows = range(b * n, b * n + n)
             yield name, [_finish(sampler, ids[row], logps[row], stops) for row in rows]
+
+
+def to_file(path: Path, sampler: Sampler, prompts: Mapping[str, Text], *, n: int, seed: int,
+            **settings) -> list[records.Sample]:
+    """Sample n completions of every {task_id: prompt} into `path`; what is already there is kept.
+
+    Resumes by task: a killed run ends in the same samples, but for ties within rounding.
+    """
+    part = path.with_name(path.name + ".partial")
+    if path.is_file():
+        return records.read(path, records.Sample)
+    found = records.read(part, records.Sample, bad_lines="skip") if part.is_file() else []
+    counts = Counter(s.task_id for s in found)
+    left = [(task_id, prompt) for task_id, prompt in prompts.items() if counts[task_id] != n]
+    found = [s for s in found if s.task_id in prompts and counts[s.task_id] == n]
+    is_writer = jax.process_index() == 0
+    out = records.Appender(part, found) if is_writer else contextlib.nullcontext()
+    with out, log.progress(total=len(prompts), what=f"sample {path.parent.name}/{path.stem}", unit="prompt",
+                           done=len(prompts) - len(left)) as bar:
+        for task_id, completions in sample(sampler, left, n=n, seed=seed, **settings):
+            fresh = [records.Sample(id=f"{task_id}/{k}", task_id=task_id, prompt=prompts[task_id], completion=c.text,
+                                    finish=c.finish, logp=sum(c.logps), num_tokens=len(c.ids))
+                     for k, c in enumerate(completions)]
+            found += fresh
+            bar.update(1)
+            if is_writer:
+                out.write(fresh)
+    order = {task_id: index for index, task_id in enumerate(prompts)}
+    found.sort(key=lambda s: order[s.task_id])
+    if is_writer:
+        records.write(path, found)
+        part.unlink()
+    return found
 
 
 def _generate(sampler, batch, B, n, temperature, top_p, max_tokens, stops, seed,
@@ -93,14 +133,14 @@ def _generate(sampler, batch, B, n, temperature, top_p, max_tokens, stops, seed,
     for t in range(0, max_tokens, chunk):
         state = _steps(sampler.cfg, sampler.params, prompt, lengths, names, state, np.int32(min(t + chunk, max_tokens)),
                        np.int32(seed), temperature=temperature, top_p=top_p, stop_ids=sampler.stop_ids, n=n)
-        done = np.asarray(state["done"])
+        done = _to_host(state["done"])
         if stops and not done.all():
-            ids = np.asarray(state["ids"])
+            ids = _to_host(state["ids"])
             done = np.array([d or _has_stop(sampler.tokenizer, row, stops) for d, row in zip(done, ids, strict=True)])
             state["done"] = jax.device_put(done, mesh.sharding("rows"))
         if done.all():
             break
-    return np.asarray(state["ids"]), np.asarray(state["logps"])
+    return _to_host(state["ids"]), _to_host(state["logps"])
 
 
 @partial(jax.jit, static_argnames=("cfg", "n", "max_tokens"))
@@ -131,10 +171,11 @@ def _steps(cfg, params, prompt, lengths, names, state, until, seed, *, temperatu
     keys = jax.vmap(lambda key: jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(n)))(keys)
     keys = keys.reshape(-1, out_sharding=spec("rows"))
     starts = _repeat(lengths, n)
+    head = model.head(params, state["x"].dtype)
 
     def body(state):
         t, done = state["t"], state["done"]
-        logits = jax.sharding.reshard(model.unembed(params, state["x"]), spec("rows", None))
+        logits = jax.sharding.reshard(model.unembed(head, state["x"]), spec("rows", None))
         uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(keys)
         token = _choose(logits, uniform, temperature=temperature, top_p=top_p)
         logp = _pick(jax.nn.log_softmax(logits), token)
@@ -225,17 +266,34 @@ def _has_stop(tokenizer, ids: np.ndarray, stops: Sequence[str]) -> bool:
     return any(stop in written for stop in stops)
 
 
-def _check_lengths(encoded, cfg: ModelConfig, max_tokens: int) -> None:
-    bad = [f"{name}: {len(ids)} tokens" for name, ids in encoded if not 0 < len(ids) <= cfg.max_length - max_tokens]
+def _encode(sampler, prompts, max_tokens: int) -> list[tuple[str, list[int]]]:
+    """Tokenise the prompts; name all that cannot be answered at once."""
+    encoded, bad, room = [], [], sampler.cfg.max_length - max_tokens
+    for name, prompt in prompts:
+        try:
+            encoded.append((name, text.encode_prompt(sampler.tokenizer, prompt)))
+            if not 0 < len(encoded[-1][1]) <= room:
+                bad.append(f"{name}: {len(encoded[-1][1])} tokens")
+        except text.Unusable as error:
+            bad.append(f"{name}: {error}")
     if bad:
-        raise ValueError(f"{len(bad)} prompt(s) are empty or leave no room for max_tokens={max_tokens} within the "
-                         f"model's {cfg.max_length} positions: {'; '.join(bad[:5])}")
+        raise ValueError(f"{len(bad)} prompt(s) cannot be answered, expected 1 to {room} tokens "
+                         f"({max_tokens} of the model's {sampler.cfg.max_length} positions are for the answer): "
+                         f"{'; '.join(bad[:5])}")
+    return encoded
+
+
+def _by_layer(stacked: dict, L: int) -> list[dict]:
+    """[L ...] arrays to a list of layers."""
+    return [{name: stack[i] for name, stack in stacked.items()} for i in range(L)]
+
+
+def _to_host(x) -> np.ndarray:
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def main(argv) -> None:
     """Answer a file of prompts; a killed run continues with the prompts that are left."""
-    from align_jax.synth import respond  # a level above this file; only the command line reaches up
-
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are --config.section.key=value")
     logging.set_verbosity(logging.WARNING)
@@ -243,15 +301,11 @@ def main(argv) -> None:
     c = _CONFIG.value.to_dict()
     log.check_set(c)
     prompts = {p.id: p.prompt for p in records.read(c["prompts"], records.Prompt)}
-    bound_to = {"prompts": records.fingerprint(Path(c["prompts"])), "weights": hf.fingerprint(c["start"])}
     answers = {key: value for key, value in c["sample"].items() if key != "batch_size"}
-    run = log.claim(c["run"], bound_to | {"dtype": c["dtype"], "sample": answers})
+    run = log.claim(c["run"], {"prompts": records.fingerprint(Path(c["prompts"])), "dtype": c["dtype"],
+                               "weights": hf.fingerprint(c["start"]), "sample": answers})
     with jax.set_mesh(mesh.make(**c["mesh"])):
-        cfg, params = hf.load(c["start"], dtype=c["dtype"])
-        tokenizer = text.load(c["start"])
-        sampler = Sampler.of(cfg, params, tokenizer, text.stop_ids(tokenizer, c["start"]))
-        del params
-        found = respond.respond(run / "samples.jsonl", sampler, prompts, **c["sample"])
+        found = to_file(run / "samples.jsonl", Sampler.load(c["start"], dtype=c["dtype"]), prompts, **c["sample"])
     log.say(f"{run / 'samples.jsonl'}: wrote {len(found)} samples of {len(prompts)} prompts, "
             f"{sum(s.num_tokens for s in found):,} tokens, finished by {dict(Counter(s.finish for s in found))}")
 

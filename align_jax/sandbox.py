@@ -132,6 +132,24 @@ def backend(name: str = "auto") -> str:
 _resolve = backend  # for `run` and `run_many`, whose argument has the same name
 
 
+def prefix(name: str, *, reads: Sequence[str | os.PathLike], writes: str | os.PathLike) -> list[str]:
+    """Make a command prefix for a harness that runs untrusted code itself, as EvalPlus does.
+
+    Behind it there is no network, no process of the host, and no file but the interpreter, `reads`, and the
+    folder `writes`. Empty for "none"; with "userns" the network and the processes are gone, but files are seen.
+    """
+    chosen = backend(name)
+    if chosen == "none":
+        return []
+    if chosen == "userns":
+        return [_tool("unshare"), "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child"]
+    shown = [sys.prefix, *(path for inside, path in _visible().items() if inside == path), *reads]
+    binds = [part for path in dict.fromkeys(map(os.fspath, shown)) for part in ("--ro-bind", path, path)]
+    command = [_tool("bwrap"), "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    return [*command, "--tmpfs", "/tmp", *binds, "--bind", os.fspath(writes), os.fspath(writes), "--proc", "/proc",
+            "--dev", "/dev", "--chdir", os.fspath(writes)]
+
+
 def run(
     program: str, tests: Sequence[str] = (), *, limits: Limits = _DEFAULT, backend: str = "auto"
 ) -> Verdict:

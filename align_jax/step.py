@@ -39,6 +39,12 @@ class Compute:
     chunk: int = 256
     accumulate: int = 1
 
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"compute.dtype: got {self.dtype!r}, available are 'float32' and 'bfloat16'")
+        if self.chunk < 1 or self.accumulate < 1:
+            raise ValueError(f"compute: got chunk {self.chunk}, accumulate {self.accumulate}, expected 1 or more")
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -109,12 +115,13 @@ def make_scorer(cfg: ModelConfig, *, compute: Compute) -> Callable[[Params, Batc
 def _chunked_logps(params: Params, x, targets, *, chunk: int):
     """Log-probs of targets [R T] at states x [R T D], a chunk of positions at a time."""
     R, T, D = x.shape
+    head = model.head(params, x.dtype)
     chunk = max(size for size in range(1, min(chunk, T) + 1) if T % size == 0)
 
     @jax.checkpoint
     def of_chunk(chunked):
         x, targets = chunked
-        logits = model.unembed(params, x)  # [R chunk V]
+        logits = model.unembed(head, x)  # [R chunk V]
         # Compare and sum instead of gathering: it works, and reduces, where V is split over devices.
         ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2, out_sharding=jax.typeof(logits).sharding)
         picked = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
@@ -142,11 +149,7 @@ def _sums(cfg, objective, compute, params, batch):
 
 def _pair_metrics(policy, ref, scale: float) -> dict:
     """What TRL users look at, under TRL's names."""
-    rewards = scale * (policy - ref)
-    margin = rewards[..., 0] - rewards[..., 1]
-    return {"rewards/chosen": rewards[..., 0], "rewards/rejected": rewards[..., 1], "rewards/margins": margin,
-            "rewards/accuracies": (margin > 0).astype(jnp.float32),
-            "logps/chosen": policy[..., 0], "logps/rejected": policy[..., 1]}
+    return losses.rewards(policy, ref, beta=scale) | {"logps/chosen": policy[..., 0], "logps/rejected": policy[..., 1]}
 
 
 _COUNTS = ("examples", "scored", "tokens", "ref_gap")

@@ -3,7 +3,9 @@
     python -m align_jax.study --config=configs/quickstart.py
 
 For each start: sample answers -> run them -> pairs -> SFT -> DPO and BoNBoN; then every model answers the
-benchmark, one EvalPlus run scores all of them, and the report compares each with its own start. What a stage did
+benchmark, one EvalPlus run scores all of them, and the report compares each with its own start.
+The answers in the pairs are the start model's, as in the study, while the reference of DPO and BoNBoN is the model
+after SFT: for BoNBoN, whose beta*_n assumes one model for both, that is an approximation. What a stage did
 is kept in `stages.json`; a killed study continues with the stage that it was in.
 """
 
@@ -14,22 +16,28 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
-from absl import app
+from absl import app, logging
 from ml_collections import config_flags
 
-from align_jax import hf, log, mesh, records, text
+from align_jax import hf, log, mesh, records, sandbox
 from align_jax.records import Pair, Problem, Sample, Score
 from align_jax.report import page, tables
-from align_jax.sample import Sampler
+from align_jax.sample import Sampler, to_file
 from align_jax.score import evalplus
-from align_jax.synth import pairs, respond, verify
+from align_jax.synth import pairs, verify
 from align_jax.train import train
+
+NOT_DECIDING = ("run", "mesh", "evalplus")  # sections that change no number
 
 
 def study(c: Mapping) -> Path:
     """Run the grid that a config describes; return the report's path."""
     c = json.loads(json.dumps(c if isinstance(c, dict) else c.to_dict()))
-    folder = log.claim(c["run"], c)
+    check(c)
+    c["benchmark"]["path"] = str(evalplus.locate(c["benchmark"]["name"], c["benchmark"]["path"]))
+    inputs = {path: records.fingerprint(Path(path)) for path in (c["pairs"]["problems"], c["benchmark"]["path"])}
+    inputs |= {start: hf.fingerprint(settings["model"]) for start, settings in c["starts"].items()}
+    folder = log.claim(c["run"], {key: c[key] for key in c if key not in NOT_DECIDING} | {"inputs": inputs})
     book = folder / "stages.json"
     began = time.perf_counter()
     models = {}  # (start, stage) -> checkpoint folder
@@ -47,6 +55,23 @@ def study(c: Mapping) -> Path:
     return report
 
 
+def check(c: Mapping) -> None:
+    """Refuse at the start what would fail at the end."""
+    sandbox.backend(c["sandbox"]["backend"])
+    n, wrong = c["pairs"]["sampling"]["n"], []
+    if jax.process_count() > 1:
+        wrong.append("a study runs on one host; train and sample run on several")
+    wrong += [f"starts.{start}: expected {' or '.join(tables.STARTS)}"
+              for start in c["starts"].keys() - tables.STARTS.keys()]
+    known = sorted(tables.STAGES.keys() & c["train"].keys())
+    wrong += [f"techniques: got {name!r}, with a recipe and a name in the table are {known}"
+              for name in c["techniques"] if name not in known]
+    wrong += [f"train.{stage}.objective.n: got {recipe['objective']['n']}, but best and worst are of {n} samples, "
+              "pairs.sampling.n" for stage, recipe in c["train"].items() if recipe["objective"].get("n", n) != n]
+    if wrong:
+        raise ValueError("study: " + "; ".join(wrong))
+
+
 def make_pairs(c: Mapping, folder: Path, start: str, settings: Mapping, book: Path) -> None:
     """The start model answers the preference problems, its programs run, verdicts become pairs."""
     chat, problems = settings["chat"], records.read(c["pairs"]["problems"], Problem)[:c["pairs"]["count"]]
@@ -55,10 +80,10 @@ def make_pairs(c: Mapping, folder: Path, start: str, settings: Mapping, book: Pa
     def sample() -> dict:
         with jax.set_mesh(mesh.make(**c["mesh"])):
             prompts = {p.task_id: evalplus.prompt(p, chat=chat) for p in problems}
-            model = sampler(settings["model"], c["sampling_dtype"])
-            samples = respond.respond(folder / "samples.jsonl", model, prompts,
-                                      stops=[] if chat else evalplus.stops("humaneval", chat=False), seed=c["seed"],
-                                      **c["pairs"]["sampling"])
+            # A base model has to be stopped; a chat model ends its answer, and the pair should show it.
+            stops = [] if chat else evalplus.stops("humaneval", chat=False)
+            samples = to_file(folder / "samples.jsonl", Sampler.load(settings["model"], dtype=c["sampling_dtype"]),
+                              prompts, stops=stops, seed=c["seed"], **c["pairs"]["sampling"])
         return {"in": len(problems), "out": len(samples), "dropped": {},
                 "kept, but cut at the length limit": sum(s.finish == "length" for s in samples)}
 
@@ -101,10 +126,10 @@ def answer(c: Mapping, path: Path, model: Path, chat: bool, book: Path) -> None:
     def work() -> dict:
         problems = evalplus.problems(c["benchmark"]["name"], c["benchmark"]["path"])
         with jax.set_mesh(mesh.make(**c["mesh"])):
-            samples = respond.respond(path, sampler(model, c["sampling_dtype"]),
-                                      {p.task_id: evalplus.prompt(p, chat=chat) for p in problems}, n=1,
-                                      stops=evalplus.stops(c["benchmark"]["name"], chat=chat), temperature=0.0,
-                                      seed=c["seed"], **c["benchmark"]["sampling"])
+            samples = to_file(path, Sampler.load(model, dtype=c["sampling_dtype"]),
+                              {p.task_id: evalplus.prompt(p, chat=chat) for p in problems}, n=1, temperature=0.0,
+                              stops=evalplus.stops(c["benchmark"]["name"], chat=chat), seed=c["seed"],
+                              **c["benchmark"]["sampling"])
         return {"in": len(problems), "out": len(samples), "dropped": {},
                 "kept, but cut at the length limit": sum(s.finish == "length" for s in samples)}
 
@@ -120,7 +145,10 @@ def score(c: Mapping, folder: Path, models: Mapping) -> dict:
         programs[f"{start}-{stage}"], gone = evalplus.solutions(problems, samples, chat=c["starts"][start]["chat"])
         lost += gone
     records.write(folder / "programs.jsonl", ({"run": run, "programs": p} for run, p in programs.items()))
-    scores = evalplus.score(programs, name, folder / "evalplus", path=path, **c["evalplus"])
+    out = (folder / "evalplus").resolve()
+    out.mkdir(exist_ok=True)
+    wrap = sandbox.prefix(c["sandbox"]["backend"], reads=[Path(path).resolve()], writes=out)
+    scores = evalplus.score(programs, name, out, path=path, wrap=wrap, **c["evalplus"])
     records.write(folder / "scores.jsonl", scores)
     return {"in": sum(map(len, programs.values())), "out": len(scores), "dropped": {},
             "the sanitizer's losses (scored as failures)": dict(lost)}
@@ -151,13 +179,6 @@ def write_report(c: Mapping, folder: Path, models: Mapping) -> Path:
     return folder / "report.html"
 
 
-def sampler(folder: str | Path, dtype: str) -> Sampler:
-    """Load a checkpoint for sampling."""
-    cfg, params = hf.load(folder, dtype=dtype)
-    tokenizer = text.load(folder)
-    return Sampler.of(cfg, params, tokenizer, text.stop_ids(tokenizer, folder))
-
-
 def once(book: Path, name: str, work: Callable[[], dict]) -> None:
     """Do a stage unless the book says that it was done; write down what came in, went out and was dropped."""
     done = json.loads(book.read_text()) if book.is_file() else {}
@@ -172,6 +193,7 @@ def once(book: Path, name: str, work: Callable[[], dict]) -> None:
 def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are --config.section.key=value")
+    logging.set_verbosity(logging.WARNING)
     mesh.start_hosts()
     study(_CONFIG.value)
 

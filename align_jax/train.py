@@ -25,6 +25,7 @@ KINDS = {  # data.kind -> the records in the file, and what of them is trained o
     "chosen": (records.Pair, lambda r: records.Example(id=r.id, prompt=r.prompt, completion=r.chosen)),
 }
 DECIDE = ("start", "seed", "steps", "data", "objective", "optim", "compute")  # sections that decide on the numbers
+FOR_ROWS = ("rows_per_batch", "epochs")  # keys of the data section that say how the rows are served
 GAP = {"float32": 1e-2, "bfloat16": 1.0}  # nats between policy and reference at step 0, by rounding alone
 
 
@@ -36,7 +37,9 @@ def train(c: Mapping, *, params=None) -> Path:
     # -- run folder ------------------------------------------------------------------------------------------
     c = json.loads(json.dumps(c if isinstance(c, dict) else c.to_dict()))
     log.check_set(c)
-    run = log.claim(c["run"], {key: c[key] for key in DECIDE})
+    R, goal, compute = c["data"]["rows_per_batch"], objective(**c["objective"]), Compute(**c["compute"])
+    inputs = {"weights": hf.fingerprint(c["start"]), "data": records.fingerprint(Path(c["data"]["path"]))}
+    run = log.claim(c["run"], {key: c[key] for key in DECIDE} | {"inputs": inputs})
     exported = run / "hf"
     if exported.is_dir():
         log.say(f"{run}: already finished")
@@ -44,10 +47,9 @@ def train(c: Mapping, *, params=None) -> Path:
 
     with jax.set_mesh(mesh.make(**c["mesh"])):
         # -- data --------------------------------------------------------------------------------------------
-        goal, compute = objective(**c["objective"]), Compute(**c["compute"])
+        check_rows(R, compute.accumulate)
         tokenizer = text.load(c["start"])
-        encoded, dropped = load_data(tokenizer, **c["data"])
-        R = c["data"]["rows_per_batch"]
+        encoded, dropped = load_data(tokenizer, **{k: v for k, v in c["data"].items() if k not in FOR_ROWS})
         rows = data.Rows(encoded, row_length=c["data"]["row_length"], rows_per_batch=R, seed=c["seed"])
         if rows.C != goal.completions:
             raise ValueError(f"objective {c['objective']['name']!r} needs {goal.completions} completion(s) an example"
@@ -60,8 +62,7 @@ def train(c: Mapping, *, params=None) -> Path:
         cfg, params = (hf.config(c["start"]), params) if params is not None else hf.load(c["start"], dtype="float32")
         tx = optim.adamw(steps=steps, **c["optim"])
         if goal.completions == 2:
-            bound_to = {"weights": hf.fingerprint(c["start"]), "tokenizer": text.fingerprint(tokenizer),
-                        "data": [records.fingerprint(Path(c["data"]["path"])), c["data"]], "compute": c["compute"]}
+            bound_to = inputs | {"tokenizer": text.fingerprint(tokenizer), "settings": [c["data"], c["compute"]]}
             rows.ref_logps = reference(run / "reference.json", cfg, params, rows, bound_to, R, compute=compute)
         state = TrainState(jax.device_put(np.int32(0), mesh.sharding()), params, jax.jit(tx.init)(params))
         del params  # the first step donates them
@@ -79,13 +80,13 @@ def train(c: Mapping, *, params=None) -> Path:
 
             # -- loop ----------------------------------------------------------------------------------------
             step = make_step(cfg, goal, tx, compute=compute)
-            metrics = log.Metrics(run, first_step=first, steps=steps)
+            metrics, rates = log.Metrics(run, first_step=first, steps=steps), optim.rates(steps, c["optim"])
             pending = None
             for number in range(first + 1, steps + 1):
                 state, values = step(state, to_devices(next(batches)))
                 if pending:
                     record(metrics, *pending, goal, compute)  # one step late: the device never waits for the log
-                pending = (number, values)
+                pending = (number, values | {"learning_rate": rates[number - 1], "epoch": number * R / len(rows)})
                 if number % c["ckpt"]["every"] == 0 or number == steps:
                     # Before the save: no checkpoint of a diverged step, none whose metrics a kill could lose.
                     record(metrics, *pending, goal, compute)
@@ -100,8 +101,18 @@ def train(c: Mapping, *, params=None) -> Path:
     return exported
 
 
-def load_data(tokenizer, *, path: str, kind: str, row_length: int, too_long: str = "drop", bad_lines: str = "stop",
-              rows_per_batch: int = 0, epochs: int = 0):
+def check_rows(rows_per_batch: int, accumulate: int) -> None:
+    """Every host feeds row shards of its own, and every micro-batch takes rows from every device."""
+    shards, hosts = mesh.num_row_shards(), jax.process_count()
+    if shards % hosts:
+        raise ValueError(f"mesh: data x fsdp = {shards} does not divide over {hosts} hosts; the tensor axis has to "
+                         "stay within a host")
+    if rows_per_batch % (shards * accumulate):
+        raise ValueError(f"data.rows_per_batch: got {rows_per_batch}, expected a multiple of {shards * accumulate} = "
+                         f"mesh.data x mesh.fsdp ({shards}) x compute.accumulate ({accumulate})")
+
+
+def load_data(tokenizer, *, path: str, kind: str, row_length: int, too_long: str = "drop", bad_lines: str = "stop"):
     """Read and tokenise a file of records; return the encoded examples and what was dropped, by reason."""
     if kind not in KINDS:
         raise ValueError(f"data.kind: got {kind!r}, available are {sorted(KINDS)}")
@@ -141,8 +152,9 @@ def record(metrics: log.Metrics, number: int, values: dict, goal, compute: Compu
     gap = values.pop("ref_gap")
     log.check_finite(number, values)
     if number == 1 and goal.completions == 2 and gap > GAP[compute.dtype]:
-        raise ValueError(f"step 1: policy and reference differ by {gap:.3g} nats before any update, expected 0: "
-                         f"{metrics.path.parent / 'reference.json'} is not of these weights and data")
+        raise ValueError(f"step 1: policy and reference differ by {gap:.3g} nats before any update, expected at most "
+                         f"{GAP[compute.dtype]} by rounding: {metrics.path.parent / 'reference.json'} is not of these "
+                         "weights and data; delete it to have it made again")
     metrics.write(number, values)
 
 

@@ -3,7 +3,7 @@
     python -m align_jax.train --config=configs/dpo.py --config.run=runs/dpo --config.start=runs/sft/hf \\
         --config.data.path=pairs.jsonl
 
-Beta and learning rate are those of the DPO paper (arXiv:2305.18290, appendix B: 0.1, 1e-6, 64 pairs a batch); the
+Beta, learning rate and batch are those of the DPO paper (arXiv:2305.18290) as TRL lists them: 0.1, 1e-6, 64 pairs; the
 cosine after a tenth of warm-up is what the recipes for code models use. Expect a loss of 0.6931 at step 1, else the
 run stops. A 7B model needs 16 bytes a parameter, 112 GB, over the devices of mesh.fsdp; the reference is not loaded.
 `objective.name` may also be dpo_norm (Tülu 3: beta 5), ipo or ipo_mean. `configs/dpo.py:smoke` takes a minute on a CPU.

@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "ckpt": {"every": 1000, "keep": 1, "export": "bfloat16"},
     }
     c = ConfigDict({
-        "run": "runs/quickstart",
+        "run": "runs/quickstart" + "-smoke" * small,
         "seed": 0,
         "model": "pocket",
         "starts": {
@@ -59,6 +59,6 @@ def get_config(arg: str = "") -> ConfigDict:
         },
         "evalplus": {"parallel": 2, "min_time_limit": 0.5},
         "sampling_dtype": "float32",
-        "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+        "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
     })
     return c

@@ -16,7 +16,7 @@ def get_config(arg: str = ""):
         raise ValueError(f"config argument: got {arg!r}, expected 'smoke' or nothing")
     c = ConfigDict({
         "run": "", "start": "", "prompts": "", "dtype": "bfloat16",
-        "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+        "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # fsdp would gather every weight for every token
         "sample": {"n": 1, "temperature": 1.0, "top_p": 1.0, "max_tokens": 512, "stops": (), "seed": 0,
                    "batch_size": 128},
     })

@@ -78,7 +78,7 @@ def our_logits(cfg, params) -> np.ndarray:
 
     @jax.jit
     def forward(params, *rows):
-        return model.unembed(params, model.hidden(cfg, params, *rows))
+        return model.unembed(model.head(params, jnp.float32), model.hidden(cfg, params, *rows))
 
     with jax.default_matmul_precision("highest"):
         return np.asarray(forward(params, *rows))

@@ -55,6 +55,7 @@ def test_only_the_model_and_its_config_know_nnx():
 def test_no_drawers():
     drawers = ("utils", "common", "misc", "helpers")
     assert not [path for path in (ROOT / "align_jax").rglob("*.py") if path.stem in drawers]
-    classes = [node.name for path in (ROOT / "align_jax").rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))
-               if isinstance(node, ast.ClassDef)]
-    assert not [name for name in classes if name.endswith(("Manager", "Handler", "Factory", "Helper", "Wrapper", "Base"))]
+    classes = [node.name for path in (ROOT / "align_jax").rglob("*.py")
+               for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    machinery = ("Manager", "Handler", "Factory", "Helper", "Wrapper", "Base")
+    assert not [name for name in classes if name.endswith(machinery)]

@@ -79,7 +79,7 @@ def logits_and_gradient(remat="none"):
     batch = rows(tokens, np.tile(POSITIONS, (R, 1)), np.tile(SEGMENTS, (R, 1)))
 
     def score(params):
-        logits = model.unembed(params, model.hidden(CFG, params, *batch, remat=remat))
+        logits = model.unembed(model.head(params, jnp.float32), model.hidden(CFG, params, *batch, remat=remat))
         return jnp.mean(jnp.square(logits)), logits
 
     gradient, logits = jax.jit(jax.grad(score, has_aux=True))(params)
@@ -121,7 +121,7 @@ def test_activations_have_the_dtype_asked_for_and_logits_are_fp32(one_device):
     batch = rows(*np.ones((3, 1, T)))
     x = jax.eval_shape(lambda: model.hidden(CFG, params, *batch, dtype=jnp.bfloat16))
     assert x.dtype == jnp.bfloat16
-    assert jax.eval_shape(model.unembed, params, x).dtype == jnp.float32
+    assert jax.eval_shape(model.unembed, model.head(params, x.dtype), x).dtype == jnp.float32
 
 
 def test_bf16_is_near_fp32(one_device):
@@ -158,7 +158,8 @@ def test_a_tied_model_has_no_head(one_device):
     params = model.init(cfg, 0)
     assert "head" not in params
     x = jax.device_put(np.ones((1, CFG.D), np.float32), mesh.sharding("rows", None))
-    np.testing.assert_allclose(model.unembed(params, x)[0], params["embed"].sum(-1), rtol=1e-5, atol=1e-5)
+    logits = model.unembed(model.head(params, jnp.float32), x)
+    np.testing.assert_allclose(logits[0], params["embed"].sum(-1), rtol=1e-5, atol=1e-5)
 
 
 def test_an_unknown_remat_policy_says_which_there_are(one_device):

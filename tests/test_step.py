@@ -129,7 +129,7 @@ def test_only_completion_tokens_count(one_device):
     assert lengths.tolist() == [[ids[0], ids[1]], [ids[4], [0, 0]], [[0, 0], [0, 0]]]
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 100, 1000])
+@pytest.mark.parametrize("chunk", [1, 100, 1000])
 def test_chunk_changes_no_logp(chunk, one_device):
     cfg, params = load()
     batch = batch_of(source(), [[0, 1], [2, 3]])
@@ -145,12 +145,11 @@ def trl_steps(name: str) -> list[dict]:
     """Three steps of a golden run, each on exactly the examples of TRL's step, as make_step logs them."""
     golden = TRL["runs"][name]
     hyper = {key: value for key, value in golden["trl"].items() if key == "beta"}
-    weight_decay = golden["trl"].get("weight_decay", TRL["settings"]["weight_decay"])
     rates = jnp.array([step["learning_rate"] for step in golden["steps"]])
-    # optim.adamw but for the schedule: TRL's first step has rate 0, ours trains.
-    tx = optax.chain(optax.clip_by_global_norm(TRL["settings"]["max_grad_norm"]),
-                     optax.adamw(lambda step: rates[step], eps=TRL["settings"]["adam_epsilon"],
-                                 weight_decay=weight_decay, mask=optim.decays))
+    tx = optim.adamw(steps=3, lr=1e-3, decay="constant")
+    if name.endswith("_schedule"):  # ours but for the schedule: TRL's first step has rate 0, ours trains
+        tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(
+            lambda step: rates[step], weight_decay=golden["trl"]["weight_decay"], mask=optim.decays))
     cfg, params = load()
     rows = source(records.Example if name == "sft" else records.Pair)
     step = make_step(cfg, objective(golden["loss"], **hyper), tx, compute=FP32)
@@ -167,7 +166,7 @@ def test_three_steps_are_trls(name, one_device):
     golden, beta = TRL["runs"][name]["steps"], TRL["runs"][name]["trl"].get("beta")
     for mine, theirs in zip(trl_steps(name), golden, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)  # before the clip at 1
         assert mine["examples"] == len(theirs["ids"])
         for key in (key for key in theirs if key.startswith(("rewards/", "logps/"))):
             if key == "rewards/accuracies" and theirs["rewards/margins"] == 0:
@@ -176,17 +175,6 @@ def test_three_steps_are_trls(name, one_device):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-5, abs=nats), key
         if name == "sft":
             assert mine["logps/completion"] == pytest.approx(np.mean(theirs["policy"]), rel=1e-5)
-
-
-def test_our_optimiser_is_trls_where_the_schedule_is(one_device):
-    cfg, params = load()
-    tx = optim.adamw(steps=3, lr=1e-3, decay="constant")
-    step = make_step(cfg, objective("dpo", beta=0.1), tx, compute=FP32)
-    state = start(params, tx)
-    for at, theirs in zip((0, 4, 8), TRL["runs"]["dpo"]["steps"], strict=True):
-        state, metrics = step(state, batch_of(source(), [[at, at + 1], [at + 2, at + 3]]))
-        assert float(metrics["loss"]) == pytest.approx(theirs["loss"], rel=1e-5)
-    assert int(state.step) == 3
 
 
 def test_what_decays_is_what_decays_in_transformers(one_device):
@@ -238,12 +226,17 @@ def test_five_steps_on_every_mesh(name, any_mesh, on_one_device):
     assert expected[-1]["loss"] < expected[0]["loss"] * (1 - 1e-3)  # it trains: equal losses are not frozen ones
 
 
+@functools.cache
+def descent(name: str, compute: Compute):
+    """Plain descent: what it takes off the parameters is the gradient. One compilation for all tests of a mesh."""
+    cfg, tx = hf.config(TINY), optax.sgd(1.0)
+    return make_step(cfg, objective(name, **OBJECTIVES[name]), tx, compute=compute), tx
+
+
 def one_step(name: str, layout, *, shift=1.0, **compute):
     """The gradient, by one step of plain descent, and the metrics; `shift` takes the references off the policy."""
-    cfg, params = load()
-    tx = optax.sgd(1.0)
-    step = make_step(cfg, objective(name, **OBJECTIVES[name]), tx,
-                     compute=Compute(**{"dtype": "float32", "remat": "none", "chunk": 64} | compute))
+    step, tx = descent(name, Compute(**{"dtype": "float32", "remat": "none", "chunk": 64} | compute))
+    _, params = load()
     rows = source(records.Example if name == "sft" else records.Pair)
     before = flat(params)
     batch = batch_of(rows, layout)
@@ -269,8 +262,7 @@ def assert_same_step(got, expected, rtol):
     assert got[1] == pytest.approx(expected[1], rel=1e-5, abs=1e-4)
 
 
-@pytest.mark.parametrize("num_micro", [2, 4])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name, num_micro", [("sft", 2), ("sft", 4), ("dpo", 4), ("bonbon", 2)])
 def test_accumulation_gives_the_update_of_the_whole_batch(name, num_micro, plain, one_device):
     assert_same_step(one_step(name, UNEVEN, accumulate=num_micro), plain(name), 1e-5)
 
@@ -346,14 +338,6 @@ def test_counts_are_of_real_examples_and_tokens(plain):
     assert metrics["examples"] == len(pairs)
     assert metrics["scored"] == answers
     assert metrics["tokens"] == answers + 2 * sum(len(p["prompt_ids"]) for p in pairs)
-
-
-def test_grad_norm_is_that_before_the_clip(one_device):
-    cfg, params = load()
-    tx = optim.adamw(steps=1, lr=1e-3, clip=1e-3)
-    step = make_step(cfg, objective("dpo", beta=0.1), tx, compute=FP32)
-    _, metrics = step(start(params, tx), batch_of(source(), [[0, 1], [2, 3]]))
-    assert float(metrics["grad_norm"]) == pytest.approx(TRL["runs"]["dpo"]["steps"][0]["grad_norm"], rel=1e-5)
 
 
 def test_a_batch_without_examples_changes_nothing(one_device):

@@ -11,11 +11,11 @@ import pytest
 import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from align_jax import model, records, sandbox
+from align_jax import model, records, sample, sandbox
 from align_jax.model import ModelConfig
 from align_jax.records import Judged, Pair, Problem, Sample
 from align_jax.sample import Sampler
-from align_jax.synth import pairs, respond, verify
+from align_jax.synth import pairs, verify
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "humaneval_plus" / "HumanEvalPlus.jsonl.gz"
 
@@ -242,7 +242,7 @@ def sampler(one_device):
 @pytest.fixture
 def die_after(monkeypatch):
     """Make the sampler die after so many prompts; returns the ids that were asked for, call by call."""
-    real, asked = respond.sample, []
+    real, asked = sample.sample, []
 
     def set_limit(limit: int | None):
         def dying(sampler, prompts, **settings):
@@ -251,7 +251,7 @@ def die_after(monkeypatch):
             if limit is not None:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(respond, "sample", dying)
+        monkeypatch.setattr(sample, "sample", dying)
         return asked
 
     return set_limit
@@ -259,29 +259,29 @@ def die_after(monkeypatch):
 
 def test_answers_are_what_was_asked_for(sampler, tmp_path):
     path = tmp_path / "samples.jsonl"
-    found = respond.respond(path, sampler, PROMPTS, **SETTINGS)
+    found = sample.to_file(path, sampler, PROMPTS, **SETTINGS)
     assert [(s.task_id, s.id) for s in found] == [(task, f"{task}/{k}") for task in PROMPTS for k in range(3)]
     assert all(s.prompt == PROMPTS[s.task_id] and s.logp < 0 and 0 < s.num_tokens <= 12 for s in found)
     assert len({s.completion for s in found}) > 20 and {s.finish for s in found} <= {"stop", "length"}
     assert records.read(path, Sample) == found and [*tmp_path.iterdir()] == [path]
     before = path.stat()
-    assert respond.respond(path, sampler, PROMPTS, **SETTINGS) == found and path.stat() == before
+    assert sample.to_file(path, sampler, PROMPTS, **SETTINGS) == found and path.stat() == before
 
 
 @pytest.mark.parametrize("torn", [0, 1, 100, 10_000])
 @pytest.mark.parametrize("killed_after", [0, 1, 4, 7, 11])
 def test_a_killed_run_ends_in_the_same_file(sampler, tmp_path, die_after, killed_after, torn):
     whole, path = tmp_path / "whole" / "samples.jsonl", tmp_path / "killed" / "samples.jsonl"
-    respond.respond(whole, sampler, PROMPTS, **SETTINGS)
+    sample.to_file(whole, sampler, PROMPTS, **SETTINGS)
     asked = die_after(killed_after)
     with pytest.raises(KeyboardInterrupt):
-        respond.respond(path, sampler, PROMPTS, **SETTINGS)
+        sample.to_file(path, sampler, PROMPTS, **SETTINGS)
     part = path.with_name("samples.jsonl.partial")
     assert not path.exists() and part.exists()
     part.write_bytes(part.read_bytes()[:max(len(part.read_bytes()) - torn, 0)])
 
     die_after(None)
-    respond.respond(path, sampler, PROMPTS, **SETTINGS)
+    sample.to_file(path, sampler, PROMPTS, **SETTINGS)
     assert path.read_bytes() == whole.read_bytes() and [*path.parent.iterdir()] == [path]
     if not torn:
         assert len(asked[1]) == len(PROMPTS) - killed_after  # what was there is not made again
@@ -292,18 +292,18 @@ def test_a_run_of_another_n_does_not_leave_its_answers(sampler, tmp_path, die_af
     for n in (2, 5):
         die_after(4)
         with pytest.raises(KeyboardInterrupt):
-            respond.respond(path, sampler, PROMPTS, **SETTINGS | {"n": n})
+            sample.to_file(path, sampler, PROMPTS, **SETTINGS | {"n": n})
     die_after(None)
     few = dict(itertools.islice(PROMPTS.items(), 6))  # and of other prompts
-    found = respond.respond(path, sampler, few, **SETTINGS)
-    assert found == respond.respond(tmp_path / "fresh.jsonl", sampler, few, **SETTINGS)
+    found = sample.to_file(path, sampler, few, **SETTINGS)
+    assert found == sample.to_file(tmp_path / "fresh.jsonl", sampler, few, **SETTINGS)
 
 
 @pytest.mark.parametrize("n", [1, 12])
 def test_one_prompt_alone_and_more_than_ten_answers_in_order(sampler, tmp_path, n):
-    found = respond.respond(tmp_path / "x.jsonl", sampler, {"t": "def"}, **SETTINGS | {"n": n, "batch_size": n})
+    found = sample.to_file(tmp_path / "x.jsonl", sampler, {"t": "def"}, **SETTINGS | {"n": n, "batch_size": n})
     assert [s.id for s in found] == [f"t/{k}" for k in range(n)]
 
 
 def test_no_prompts_no_samples(sampler, tmp_path):
-    assert respond.respond(tmp_path / "x.jsonl", sampler, {}, **SETTINGS) == []
+    assert sample.to_file(tmp_path / "x.jsonl", sampler, {}, **SETTINGS) == []

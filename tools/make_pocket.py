@@ -31,8 +31,8 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("out", "align_jax/pocket", "Folder to write the pair and the problems to")
 flags.DEFINE_string("work", "runs/pocket", "Folder for the training runs; a killed run continues")
 flags.DEFINE_integer("seed", 0, "Everything is drawn from this")
-flags.DEFINE_integer("pretrain", 160_000, "Programs that pocket reads")
-flags.DEFINE_integer("instruct", 12_000, "Answers that pocket-instruct reads on top")
+flags.DEFINE_integer("pretrain", 50_000, "Programs that pocket reads")
+flags.DEFINE_integer("instruct", 24_000, "Answers that pocket-instruct reads on top")
 
 VOCAB = 1024
 SPECIAL = ["<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -64,7 +64,7 @@ def main(_) -> None:
         params = model.init(cfg, FLAGS.seed)
     # Short rows: attention over few positions is what a CPU is quick at, and nearly every program fits.
     pocket = train(recipe(work / "pocket", blank, files["pretrain"], lr=4e-3, row_length=128), params=params)
-    instruct = train(recipe(work / "pocket-instruct", pocket, files["instruct"], lr=1e-3, row_length=256))
+    instruct = train(recipe(work / "pocket-instruct", pocket, files["instruct"], lr=2e-3, row_length=256))
     for name, folder in {"pocket": pocket, "pocket-instruct": instruct}.items():
         shutil.copytree(folder, out / name, dirs_exist_ok=True)
         print(f"wrote {out / name}: {sum(f.stat().st_size for f in (out / name).iterdir()) / 1e6:.1f} MB")
@@ -100,7 +100,8 @@ def instruction(seed: int, count: int, held_out: set[str]):
     for index, program in enumerate(itertools.islice(programs, count)):
         problem = Problem(task_id="", base_input=[], plus_input=[], canonical_solution="",
                           prompt=program["prompt"], entry_point=program["entry_point"])
-        answer = (program["prompt"] + program["solution"]).rstrip() + "\n```\n"
+        head = [line for line in program["prompt"].splitlines() if not line.startswith('    """')]
+        answer = "\n".join([*head, program["solution"].rstrip(), "```\n"])  # the docstring is not said again
         yield Example(id=f"answer-{index}", prompt=evalplus.prompt(problem, chat=True), completion=answer)
 
 

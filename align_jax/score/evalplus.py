@@ -61,7 +61,7 @@ os._exit(0)
 
 def problems(benchmark: str, path: str | Path | None = None) -> list[records.Problem]:
     """Read "humaneval" or "mbpp" as EvalPlus has them, or a file in its format under any name."""
-    return records.read(_file(benchmark, path), records.Problem)
+    return records.read(locate(benchmark, path), records.Problem)
 
 
 def prompt(problem: records.Problem, *, chat: bool) -> str | list[dict]:
@@ -134,7 +134,7 @@ def score(
       ValueError: a run lacks a task or names an unknown one, or the benchmark's file is not there.
       RuntimeError, TimeoutError: EvalPlus failed, or took more than `timeout` seconds in all.
     """
-    file, out = _file(benchmark, path).resolve(), Path(out_dir).resolve()
+    file, out = locate(benchmark, path).resolve(), Path(out_dir).resolve()
     _check(programs, [problem.task_id for problem in problems(benchmark, file)])
     wanted = [(run, task, index, program) for run, tasks in programs.items()
               for task, answers in tasks.items() for index, program in enumerate(answers)]
@@ -165,7 +165,7 @@ def _format(benchmark: str) -> str:
     return "mbpp" if benchmark == "mbpp" else "humaneval"
 
 
-def _file(benchmark: str, path: str | Path | None) -> Path:
+def locate(benchmark: str, path: str | Path | None) -> Path:
     """Find a benchmark: `path`, else EvalPlus' override variable, else its cache or download."""
     if path is not None:
         return Path(path)
