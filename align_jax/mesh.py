@@ -51,8 +51,9 @@ def num_row_shards() -> int:
 
 
 def start_hosts() -> None:
-    """Join the other hosts: under srun, on a TPU VM, or where JAX_COORDINATOR_ADDRESS says who leads."""
+    """Join the other hosts: under srun, on a TPU VM, or by JAX_COORDINATOR_ADDRESS, _NUM_PROCESSES and _PROCESS_ID."""
     is_tpu = any(os.path.exists(device) for device in ("/dev/accel0", "/dev/vfio/0"))
     is_srun = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1  # SLURM_NTASKS is set in a bare allocation too
     if os.environ.get("JAX_COORDINATOR_ADDRESS") or is_srun or is_tpu:
-        jax.distributed.initialize()
+        said = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}  # jax reads the address alone
+        jax.distributed.initialize(**{key: int(os.environ[name]) for key, name in said.items() if name in os.environ})

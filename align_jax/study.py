@@ -19,7 +19,7 @@ import jax
 from absl import app, logging
 from ml_collections import config_flags
 
-from align_jax import hf, log, mesh, records, sandbox
+from align_jax import hf, log, mesh, records, sandbox, text
 from align_jax.records import Pair, Problem, Sample, Score
 from align_jax.report import page, tables
 from align_jax.sample import Sampler, to_file
@@ -65,9 +65,13 @@ def check(c: Mapping) -> None:
               for start in c["starts"].keys() - tables.STARTS.keys()]
     known = sorted(tables.STAGES.keys() & c["train"].keys())
     wrong += [f"techniques: got {name!r}, with a recipe and a name in the table are {known}"
-              for name in c["techniques"] if name not in known]
+              for name in ("sft", *c["techniques"]) if name not in known]
     wrong += [f"train.{stage}.objective.n: got {recipe['objective']['n']}, but best and worst are of {n} samples, "
               "pairs.sampling.n" for stage, recipe in c["train"].items() if recipe["objective"].get("n", n) != n]
+    for start, settings in c["starts"].items():
+        hf.config(settings["model"])
+        if settings["chat"] and text.load(settings["model"]).chat_template is None:
+            wrong.append(f"starts.{start}.chat: {settings['model']} has no chat template")
     if wrong:
         raise ValueError("study: " + "; ".join(wrong))
 

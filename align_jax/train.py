@@ -48,6 +48,8 @@ def train(c: Mapping, *, params=None) -> Path:
     with jax.set_mesh(mesh.make(**c["mesh"])):
         # -- data --------------------------------------------------------------------------------------------
         check_rows(R, compute.accumulate)
+        if c["ckpt"]["every"] < 1:
+            raise ValueError(f"ckpt.every: got {c['ckpt']['every']}, expected 1 or more steps")
         tokenizer = text.load(c["start"])
         encoded, dropped = load_data(tokenizer, **{k: v for k, v in c["data"].items() if k not in FOR_ROWS})
         rows = data.Rows(encoded, row_length=c["data"]["row_length"], rows_per_batch=R, seed=c["seed"])
@@ -107,7 +109,7 @@ def check_rows(rows_per_batch: int, accumulate: int) -> None:
     if shards % hosts:
         raise ValueError(f"mesh: data x fsdp = {shards} does not divide over {hosts} hosts; the tensor axis has to "
                          "stay within a host")
-    if rows_per_batch % (shards * accumulate):
+    if rows_per_batch < 1 or rows_per_batch % (shards * accumulate):
         raise ValueError(f"data.rows_per_batch: got {rows_per_batch}, expected a multiple of {shards * accumulate} = "
                          f"mesh.data x mesh.fsdp ({shards}) x compute.accumulate ({accumulate})")
 
@@ -131,10 +133,12 @@ def reference(path: Path, cfg, params, rows: data.Rows, bound_to: dict, R: int, 
     score, logps = make_scorer(cfg, compute=compute), {}
     here = R // jax.process_count()
     for at in log.progress(range(0, len(rows), R), what="reference", unit="batch"):
-        mine = rows.batch(range(at + jax.process_index() * here, at + (jax.process_index() + 1) * here))
-        found = multihost_utils.process_allgather(score(params, to_devices(mine)), tiled=True)
-        for row, values in zip(rows.packed[at:at + R], found, strict=True):
-            logps |= {rows.encoded[i].id: value.tolist() for i, value in zip(row, values, strict=False)}
+        mine = np.arange(at + jax.process_index() * here, at + (jax.process_index() + 1) * here)
+        # The rows come back in the mesh's order, which on a TPU need not be that of the hosts.
+        found = multihost_utils.process_allgather(
+            (to_devices({"row": mine})["row"], score(params, to_devices(rows.batch(mine)))), tiled=True)
+        for row, values in zip(*found, strict=True):
+            logps |= {rows.encoded[i].id: value.tolist() for i, value in zip(rows.packed[row], values, strict=False)}
     if jax.process_index() == 0:
         log.write_json(path, {"bound_to": bound_to, "logps": logps})
     return logps

@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "pairs": {
             "problems": str(pocket / "PocketPref.jsonl.gz"),
             "count": 32 if small else 640,
-            "sampling": {"n": 8, "temperature": 1.0, "top_p": 1.0, "max_tokens": 160, "batch_size": 512},
+            "sampling": {"n": 8, "temperature": 0.8, "top_p": 1.0, "max_tokens": 128, "batch_size": 512},
         },
         "sandbox": {"backend": "auto", "wall_s": 2.0, "cpu_s": 2.0, "memory_mb": 256},
         "train": {
@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
         },
         "benchmark": {
             "name": "PocketEval", "path": str(pocket / "PocketEval.jsonl.gz"),
-            "sampling": {"max_tokens": 160, "batch_size": 128},
+            "sampling": {"max_tokens": 128, "batch_size": 128},
         },
         "evalplus": {"parallel": 2, "min_time_limit": 0.5},
         "sampling_dtype": "float32",

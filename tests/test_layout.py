@@ -12,7 +12,7 @@ LEVELS = {
     4: {"report"},
     5: {"study"},
 }
-WITHIN = {("text", "records"), ("hf", "hf_config")}  # the two imports inside a level
+WITHIN = {("text", "records"), ("hf", "hf_config"), ("sample", "hf")}  # imports inside a level
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 
 

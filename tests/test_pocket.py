@@ -1,0 +1,103 @@
+"""The embedded pair and its benchmark are what the README says of them."""
+
+import ast
+import importlib
+import itertools
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from align_jax import hf, mesh, model, records, text
+from align_jax.records import Problem
+from align_jax.sample import Sampler, to_file
+from align_jax.score import evalplus
+from align_jax.synth import verify
+
+ROOT = Path(__file__).parents[1]
+POCKET = ROOT / "align_jax" / "pocket"
+PAIR = {"pocket": False, "pocket-instruct": True}  # name -> is a chat model
+
+
+def tool(name: str):
+    """Import a program of tools/."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    return importlib.import_module(name)
+
+
+def shape_of(code: str) -> str:
+    """A program without docstrings and names: what is left is the same iff only names differ."""
+    tree, names = ast.parse(code), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:]
+    for node in ast.walk(tree):
+        for field in ("id", "arg", "name"):
+            if isinstance(value := getattr(node, field, None), str):
+                setattr(node, field, names.setdefault(value, f"n{len(names)}"))
+        if isinstance(node, (ast.arg, ast.FunctionDef)):
+            node.annotation = node.returns = None
+    return ast.dump(tree)
+
+
+@pytest.fixture(scope="module")
+def problems() -> list[Problem]:
+    return evalplus.problems("PocketEval", POCKET / "PocketEval.jsonl.gz")
+
+
+def test_the_pair_is_small():
+    assert sum(f.stat().st_size for name in PAIR for f in (POCKET / name).iterdir()) <= 8_000_000
+
+
+def test_the_benchmark_has_enough_problems_of_many_families(problems):
+    rows = records.rows(POCKET / "PocketEval.jsonl.gz")
+    assert len(problems) >= 300 and len({row["family"] for row in rows}) >= 20
+    assert len({shape_of(p.prompt + p.canonical_solution) for p in problems}) == len(problems)
+
+
+def test_no_problem_of_the_benchmark_is_trained_on(problems):
+    """By program shape, against the preference problems and the start of both training streams."""
+    make, families = tool("make_pocket"), tool("pocket_problems")
+    held = {shape_of(p.prompt + p.canonical_solution) for p in problems}
+    preference = records.read(POCKET / "PocketPref.jsonl.gz", Problem)
+    assert not held & {shape_of(p.prompt + p.canonical_solution) for p in preference}
+    held_out = families.held_out(records.rows(POCKET / "PocketEval.jsonl.gz"))
+    for seed, (stage, noise) in enumerate(make.NOISE.items(), 1):
+        stream = itertools.islice(families.corpus(seed, held_out, noise), 4000)
+        assert not [stage for p in stream if shape_of(p["prompt"] + p["solution"]) in held]
+
+
+def test_the_problem_sets_are_what_the_tool_makes():
+    sets = tool("pocket_problems").split(0, train=0, preference=1200, evaluation=400)
+    for name, key in (("PocketEval", "evaluation"), ("PocketPref", "preference")):
+        assert records.rows(POCKET / f"{name}.jsonl.gz") == sets[key]
+
+
+@pytest.mark.parametrize("name", PAIR)
+def test_transformers_loads_it_and_gives_the_same_logits(name, one_device):
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(POCKET / name, dtype=torch.float32)
+    tokenizer = text.load(POCKET / name)
+    ids = text.encode_prompt(tokenizer, "def f(x):\n    \"\"\"Return the sum of the squares of x.\"\"\"\n")
+    cfg, params = hf.load(POCKET / name, dtype="float32")
+    tokens = np.array([ids], np.int32)
+    rows = (jax.device_put(x, mesh.sharding("rows", None)) for x in
+            (tokens, np.arange(len(ids), dtype=np.int32)[None], np.ones_like(tokens)))
+    ours = model.unembed(model.head(params, "float32"), model.hidden(cfg, params, *rows))
+    with torch.no_grad():
+        np.testing.assert_allclose(ours, theirs(torch.tensor([ids])).logits.numpy(), atol=2e-4)
+
+
+@pytest.mark.slow
+def test_pocket_solves_a_fifth_to_three_fifths_and_instruct_more(problems, one_device, tmp_path):
+    solved = {}
+    for name, chat in PAIR.items():
+        prompts = {p.task_id: evalplus.prompt(p, chat=chat) for p in problems}
+        samples = to_file(tmp_path / f"{name}.jsonl", Sampler.load(POCKET / name, dtype="float32"), prompts, n=1,
+                          seed=0, temperature=0.0, max_tokens=160, stops=evalplus.stops("humaneval", chat=chat))
+        judged = verify.verify(tmp_path / f"{name}-judged.jsonl", samples, {p.task_id: p for p in problems})
+        solved[name] = np.mean([j.status == "passed" for j in judged])
+    assert 0.2 <= solved["pocket"] <= 0.6 and solved["pocket-instruct"] > solved["pocket"], solved
