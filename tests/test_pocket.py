@@ -30,17 +30,23 @@ def tool(name: str):
 
 
 def shape_of(code: str) -> str:
-    """A program without docstrings and names: what is left is the same iff only names differ."""
-    tree, names = ast.parse(code), {}
+    """A program without docstrings, annotations and names of its own: equal iff only those differ."""
+    tree = ast.parse(code)
+    names = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
-            node.body = node.body[1:]
+        if isinstance(node, ast.FunctionDef):
+            node.body, node.returns = node.body[ast.get_docstring(node) is not None:], None
+        bound = (node.name if isinstance(node, ast.FunctionDef) else node.arg if isinstance(node, ast.arg) else
+                 node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else None)
+        if bound:
+            names.setdefault(bound, f"n{len(names)}")
     for node in ast.walk(tree):
-        for field in ("id", "arg", "name"):
-            if isinstance(value := getattr(node, field, None), str):
-                setattr(node, field, names.setdefault(value, f"n{len(names)}"))
-        if isinstance(node, (ast.arg, ast.FunctionDef)):
-            node.annotation = node.returns = None
+        if isinstance(node, ast.arg):
+            node.arg, node.annotation = names[node.arg], None
+        elif isinstance(node, ast.FunctionDef):
+            node.name = names[node.name]
+        elif isinstance(node, ast.Name):
+            node.id = names.get(node.id, node.id)
     return ast.dump(tree)
 
 
