@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
     pocket = resources.files("align_jax") / "pocket"
     common = {
         "steps": -1,
-        "data": {"kind": "pairs", "row_length": 512, "rows_per_batch": 8, "epochs": 1 if small else 2},
+        "data": {"kind": "pairs", "row_length": 512, "rows_per_batch": 8, "epochs": 1},
         "compute": {"dtype": "float32", "remat": "none", "chunk": 128, "accumulate": 1},
         "ckpt": {"every": 1000, "keep": 1, "export": "bfloat16"},
     }
@@ -41,17 +41,17 @@ def get_config(arg: str = "") -> ConfigDict:
         "train": {
             "sft": common | {
                 "rule": "pass_fail",
-                "data": common["data"] | {"kind": "chosen", "row_length": 256},
+                "data": common["data"] | {"kind": "chosen"},
                 "objective": {"name": "sft"},
-                "optim": {"lr": 3e-4, "warmup": 0.1, "decay": "linear"}},
+                "optim": {"lr": 3e-5, "warmup": 0.1, "decay": "linear", "b2": 0.98}},
             "dpo": common | {
                 "rule": "pass_fail",
                 "objective": {"name": "dpo", "beta": 0.1},
-                "optim": {"lr": 1e-4, "warmup": 0.1, "decay": "linear"}},
+                "optim": {"lr": 5e-5, "warmup": 0.1, "decay": "linear", "b2": 0.98}},
             "bonbon": common | {
                 "rule": "best_worst",
                 "objective": {"name": "bonbon", "n": 8, "alpha": 0.005},
-                "optim": {"lr": 1e-4, "warmup": 0.1, "decay": "linear"}},
+                "optim": {"lr": 2e-5, "warmup": 0.1, "decay": "linear", "b2": 0.98}},
         },
         "benchmark": {
             "name": "PocketEval", "path": str(pocket / "PocketEval.jsonl.gz"),

@@ -539,8 +539,9 @@ def test_nothing_is_left_behind(backend):
 
 
 CALLER = """
-import sys
+import signal, sys
 from align_jax import sandbox
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
 program = "import time; time.sleep(100)"
 limits = sandbox.Limits(wall_s=100)
 sandbox.backend(sys.argv[1])
