@@ -277,8 +277,9 @@ def _encode(sampler, prompts, max_tokens: int) -> list[tuple[str, list[int]]]:
         except text.Unusable as error:
             bad.append(f"{name}: {error}")
     if bad:
-        raise ValueError(f"{len(bad)} prompt(s) cannot be answered, expected 1 to {room} tokens, for max_tokens="
-                         f"{max_tokens} are kept of the model's {sampler.cfg.max_length} positions: {'; '.join(bad[:5])}")
+        raise ValueError(f"{len(bad)} prompt(s) cannot be answered, expected 1 to {room} tokens, for "
+                         f"max_tokens={max_tokens} are kept of the model's {sampler.cfg.max_length} positions: "
+                         f"{'; '.join(bad[:5])}")
     return encoded
 
 
