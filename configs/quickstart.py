@@ -2,8 +2,8 @@
 
     python -m align_jax.study --config=configs/quickstart.py
 
-Hardware: 2 CPU cores, 4 GB of memory; 9 to 12 minutes were seen on busy cores. Expect the table of README.md: numbers differ by about a
-point between machines, since sampling follows the last bit of the arithmetic.
+Hardware: 2 CPU cores, 4 GB of memory; 9 to 12 minutes were seen on busy cores. Expect the table of README.md:
+numbers differ between machines, since sampling follows the last bit of the arithmetic.
 """
 
 from importlib import resources
