@@ -92,10 +92,10 @@ class Metrics:
         self.tokens += values.pop("tokens")
         rate = (self.tokens - self.first_tokens) / (time.perf_counter() - self.start)
         values |= {"num_tokens": self.tokens, "tokens_per_second": rate}
-        self.bar.update(1)
         shown = {"loss": values["loss"], "acc": values.get("rewards/accuracies")}
         self.bar.set_postfix_str(" ".join(f"{k} {v:.4f}" for k, v in shown.items() if v is not None)
                                  + f" {rate:,.0f} tok/s", refresh=False)
+        self.bar.update(1)
         if self.is_writer:
             self.file.write(json.dumps({"step": step} | values) + "\n")
             for name, value in values.items():
@@ -103,6 +103,7 @@ class Metrics:
 
     def close(self) -> None:
         """Flush and close everything."""
+        self.bar.refresh()  # the last step, however quick it was
         self.bar.close()
         if self.is_writer:
             self.file.close()

@@ -143,7 +143,7 @@ def _sums(cfg, objective, compute, params, batch):
     sums = {name: jnp.sum(weight * value) for name, value in logged.items()}
     sums |= {"examples": jnp.sum(weight), "scored": jnp.sum(weight[..., None] * lengths),
              "tokens": jnp.sum(batch["segments"] > 0).astype(jnp.float32),
-             "ref_gap": jnp.max(jnp.abs(policy - ref) * weight[..., None])}
+             "ref_gap": jnp.max(jnp.abs(policy - ref) / jnp.maximum(lengths, 1) * weight[..., None])}
     return sums["loss"], sums
 
 

@@ -12,7 +12,7 @@ is kept in `stages.json`; a killed study continues with the stage that it was in
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -34,6 +34,7 @@ def study(c: Mapping) -> Path:
     """Run the grid that a config describes; return the report's path."""
     c = json.loads(json.dumps(c if isinstance(c, dict) else c.to_dict()))
     check(c)
+    c["starts"] = {start: c["starts"][start] for start in tables.STARTS if start in c["starts"]}  # the table's order
     c["benchmark"]["path"] = str(evalplus.locate(c["benchmark"]["name"], c["benchmark"]["path"]))
     inputs = {path: records.fingerprint(Path(path)) for path in (c["pairs"]["problems"], c["benchmark"]["path"])}
     inputs |= {start: hf.fingerprint(settings["model"]) for start, settings in c["starts"].items()}
@@ -68,6 +69,10 @@ def check(c: Mapping) -> None:
               for name in ("sft", *c["techniques"]) if name not in known]
     wrong += [f"train.{stage}.objective.n: got {recipe['objective']['n']}, but best and worst are of {n} samples, "
               "pairs.sampling.n" for stage, recipe in c["train"].items() if recipe["objective"].get("n", n) != n]
+    wrong += [f"train.{stage}.rule: got {recipe['rule']!r}, available are {sorted(pairs.RULES)}"
+              for stage, recipe in c["train"].items() if recipe["rule"] not in pairs.RULES]
+    wrong += [f"train.{stage}.ckpt.export: got {recipe['ckpt']['export']!r}, available are {sorted(hf.DTYPES.values())}"
+              for stage, recipe in c["train"].items() if recipe["ckpt"]["export"] not in hf.DTYPES.values()]
     for start, settings in c["starts"].items():
         hf.config(settings["model"])
         if settings["chat"] and text.load(settings["model"]).chat_template is None:
@@ -82,14 +87,10 @@ def make_pairs(c: Mapping, folder: Path, start: str, settings: Mapping, book: Pa
     by_id = {problem.task_id: problem for problem in problems}
 
     def sample() -> dict:
-        with jax.set_mesh(mesh.make(**c["mesh"])):
-            prompts = {p.task_id: evalplus.prompt(p, chat=chat) for p in problems}
-            # A base model has to be stopped; a chat model ends its answer, and the pair should show it.
-            stops = [] if chat else evalplus.stops("humaneval", chat=False)
-            samples = to_file(folder / "samples.jsonl", Sampler.load(settings["model"], dtype=c["sampling_dtype"]),
-                              prompts, stops=stops, seed=c["seed"], **c["pairs"]["sampling"])
-        return {"in": len(problems), "out": len(samples), "dropped": {},
-                "kept, but cut at the length limit": sum(s.finish == "length" for s in samples)}
+        # A base model has to be stopped; a chat model ends its answer, and the pair should show it.
+        stops = [] if chat else evalplus.stops("humaneval", chat=False)
+        return respond(c, folder / "samples.jsonl", settings["model"], problems, chat, stops=stops,
+                       **c["pairs"]["sampling"])
 
     def execute() -> dict:
         samples = records.read(folder / "samples.jsonl", Sample)
@@ -129,15 +130,19 @@ def answer(c: Mapping, path: Path, model: Path, chat: bool, book: Path) -> None:
     """One model answers the benchmark, by greedy decoding."""
     def work() -> dict:
         problems = evalplus.problems(c["benchmark"]["name"], c["benchmark"]["path"])
-        with jax.set_mesh(mesh.make(**c["mesh"])):
-            samples = to_file(path, Sampler.load(model, dtype=c["sampling_dtype"]),
-                              {p.task_id: evalplus.prompt(p, chat=chat) for p in problems}, n=1, temperature=0.0,
-                              stops=evalplus.stops(c["benchmark"]["name"], chat=chat), seed=c["seed"],
-                              **c["benchmark"]["sampling"])
-        return {"in": len(problems), "out": len(samples), "dropped": {},
-                "kept, but cut at the length limit": sum(s.finish == "length" for s in samples)}
+        return respond(c, path, model, problems, chat, stops=evalplus.stops(c["benchmark"]["name"], chat=chat),
+                       n=1, temperature=0.0, **c["benchmark"]["sampling"])
 
     once(book, f"answer {path.stem}", work)
+
+
+def respond(c: Mapping, path: Path, model: Path, problems: Sequence[Problem], chat: bool, **settings) -> dict:
+    """A model answers problems into `path`; return the counts for the book."""
+    with jax.set_mesh(mesh.make(**c["mesh"])):
+        samples = to_file(path, Sampler.load(model, dtype=c["sampling_dtype"]),
+                          {p.task_id: evalplus.prompt(p, chat=chat) for p in problems}, seed=c["seed"], **settings)
+    return {"in": len(problems), "out": len(samples), "dropped": {},
+            "kept, but cut at the length limit": sum(s.finish == "length" for s in samples)}
 
 
 def score(c: Mapping, folder: Path, models: Mapping) -> dict:

@@ -26,7 +26,7 @@ KINDS = {  # data.kind -> the records in the file, and what of them is trained o
 }
 DECIDE = ("start", "seed", "steps", "data", "objective", "optim", "compute")  # sections that decide on the numbers
 FOR_ROWS = ("rows_per_batch", "epochs")  # keys of the data section that say how the rows are served
-GAP = {"float32": 1e-2, "bfloat16": 1.0}  # nats between policy and reference at step 0, by rounding alone
+GAP = {"float32": 1e-4, "bfloat16": 2e-2}  # nats a token between policy and reference at step 0, by rounding alone
 
 
 def train(c: Mapping, *, params=None) -> Path:
@@ -156,9 +156,9 @@ def record(metrics: log.Metrics, number: int, values: dict, goal, compute: Compu
     gap = values.pop("ref_gap")
     log.check_finite(number, values)
     if number == 1 and goal.completions == 2 and gap > GAP[compute.dtype]:
-        raise ValueError(f"step 1: policy and reference differ by {gap:.3g} nats before any update, expected at most "
-                         f"{GAP[compute.dtype]} by rounding: {metrics.path.parent / 'reference.json'} is not of these "
-                         "weights and data; delete it to have it made again")
+        raise ValueError(f"step 1: policy and reference differ by {gap:.3g} nats a token before any update, expected "
+                         f"at most {GAP[compute.dtype]} by rounding: {metrics.path.parent / 'reference.json'} is not "
+                         "of these weights and data; delete it to have it made again")
     metrics.write(number, values)
 
 

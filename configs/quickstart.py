@@ -47,11 +47,11 @@ def get_config(arg: str = "") -> ConfigDict:
             "dpo": common | {
                 "rule": "pass_fail",
                 "objective": {"name": "dpo", "beta": 0.1},
-                "optim": {"lr": 5e-5, "warmup": 0.1, "decay": "linear", "b2": 0.98}},
+                "optim": {"lr": 1e-4, "warmup": 0.1, "decay": "linear", "b2": 0.98}},
             "bonbon": common | {
                 "rule": "best_worst",
                 "objective": {"name": "bonbon", "n": 8, "alpha": 0.005},
-                "optim": {"lr": 2e-5, "warmup": 0.1, "decay": "linear", "b2": 0.98}},
+                "optim": {"lr": 1e-4, "warmup": 0.1, "decay": "linear", "b2": 0.98}},
         },
         "benchmark": {
             "name": "PocketEval", "path": str(pocket / "PocketEval.jsonl.gz"),

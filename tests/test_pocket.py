@@ -72,8 +72,8 @@ def test_no_problem_of_the_benchmark_is_trained_on(problems):
     preference = records.read(POCKET / "PocketPref.jsonl.gz", Problem)
     assert not held & {shape_of(p.prompt + p.canonical_solution) for p in preference}
     held_out = families.held_out(records.rows(POCKET / "PocketEval.jsonl.gz"))
-    for seed, (stage, noise) in enumerate(make.NOISE.items(), 1):
-        stream = itertools.islice(families.corpus(seed, held_out, noise), 4000)
+    for seed, (stage, slips) in enumerate(make.SLIPS.items(), 1):
+        stream = itertools.islice(families.corpus(seed, held_out, **slips), 4000)
         assert not [stage for p in stream if shape_of(p["prompt"] + p["solution"]) in held]
 
 

@@ -137,7 +137,7 @@ def test_corpus_shows_nothing_that_is_held_out(lists):
     held = pocket.held_out(lists["evaluation"])
     styles = {pocket.normal_form(p["prompt"] + style) for p in lists["evaluation"] for style in p["styles"]}
     assert styles <= held
-    records = list(itertools.islice(pocket.corpus(5, held, noise=0.3), 4000))
+    records = list(itertools.islice(pocket.corpus(5, held, careless=0.0, noise=0.3), 4000))
     for record in records:
         assert pocket.normal_form(record["prompt"] + record["solution"]) not in held
         assert pocket.docstring(record["prompt"]) not in held
@@ -147,9 +147,9 @@ def test_corpus_shows_nothing_that_is_held_out(lists):
 
 def test_corpus_would_show_it_otherwise():
     """The guard is needed: without it a program of the stream turns up again."""
-    first = next(pocket.corpus(5, (), noise=0.0))
+    first = next(pocket.corpus(5, (), careless=0.0, noise=0.0))
     form = pocket.normal_form(first["prompt"] + first["solution"])
-    again = next(pocket.corpus(5, {form}, noise=0.0))
+    again = next(pocket.corpus(5, {form}, careless=0.0, noise=0.0))
     assert pocket.normal_form(again["prompt"] + again["solution"]) != form
 
 

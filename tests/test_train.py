@@ -57,21 +57,28 @@ STEPS = 24
 SETTINGS = [f"--config.steps={STEPS}", "--config.ckpt.every=4", "--config.optim.warmup=0.2"]
 KILLED = """
 import os, runpy, signal
-from align_jax import log
+from align_jax import checkpoint, log
 write = log.Metrics.write
 def write_and_die(metrics, step, values):
     write(metrics, step, values)
-    if step == int(os.environ["KILL_AT"]):
+    if step == int(os.environ["KILL_AT"]) and not os.environ["KILL_IN_SAVE"]:
         os.kill(os.getpid(), signal.SIGKILL)
 log.Metrics.write = write_and_die
+save = checkpoint.Checkpoints.save
+def save_and_die(ckpts, step, state, place):
+    save(ckpts, step, state, place)  # asynchronous: returns before the files are whole
+    if step == int(os.environ["KILL_AT"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.Checkpoints.save = save_and_die
 runpy.run_module("align_jax.train", run_name="__main__")
 """
 
 
-def command(*overrides: str, kill_at: int | None = None, config="dpo") -> subprocess.CompletedProcess:
-    """The real command, on one device; it kills itself as soon as the metrics of step `kill_at` are written."""
+def command(*overrides: str, kill_at: int | None = None, in_save=False, config="dpo") -> subprocess.CompletedProcess:
+    """The real command, on one device; kills itself when the metrics of step `kill_at` are written, or in its save."""
     program = ["-m", "align_jax.train"] if kill_at is None else ["-c", KILLED]
-    env = os.environ | {"XLA_FLAGS": "", "KILL_AT": str(kill_at), "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"XLA_FLAGS": "", "KILL_AT": str(kill_at), "PYTHONPATH": str(ROOT),
+                        "KILL_IN_SAVE": "yes" * in_save}
     return subprocess.run([sys.executable, *program, f"--config=configs/{config}.py:smoke", *overrides], env=env,
                           cwd=ROOT, capture_output=True, text=True, timeout=300)
 
@@ -122,6 +129,16 @@ def test_a_run_killed_twice_has_the_bits_of_an_unbroken_one(unbroken, killed, tm
     done = command(f"--config.run={run}", *SETTINGS)
     assert done.returncode == 0 and "already finished" in done.stdout
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_killed_while_it_saves_continues_from_a_whole_checkpoint(unbroken, killed, tmp_path):
+    run = shutil.copytree(killed, tmp_path / "run")
+    again = command(f"--config.run={run}", *SETTINGS, kill_at=20, in_save=True)
+    assert again.returncode == -signal.SIGKILL, again.stderr
+    assert any("tmp" in path.name for path in (run / "checkpoints").iterdir())  # it was in the middle
+    last = command(f"--config.run={run}", *SETTINGS)
+    assert last.returncode == 0 and "continuing after step 16" in last.stdout, last.stderr
+    assert metrics_of(run) == metrics_of(unbroken[0])
 
 
 def test_a_run_continues_on_another_mesh(unbroken, killed, tmp_path, capsys):
@@ -206,7 +223,7 @@ def test_a_reference_that_is_not_of_these_weights_stops_the_run(unbroken, tmp_pa
     made = json.loads((unbroken[0] / "reference.json").read_text())
     made["logps"] = {name: [chosen + 0.5, rejected] for name, (chosen, rejected) in made["logps"].items()}
     log.write_json(run / "reference.json", made)
-    with pytest.raises(ValueError, match=r"step 1: .* differ by 0\.5 nats .*reference\.json is not of"):
+    with pytest.raises(ValueError, match=r"step 1: .* differ by 0\.0\d+ nats a token .*reference\.json is not of"):
         train.train(same_on_eight(run))
     assert not (run / "hf").exists()
 

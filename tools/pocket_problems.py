@@ -2,8 +2,8 @@
 
 Everything is text with two kinds of holes. `$name` is a name or, in capitals, a constant; `«a|b|c»` is
 a choice. In English all choices mean the same. In code the first choice is right and every other one is
-a slip people make, so a buggy program is a right one with a single hole filled wrongly. Blocks of the
-tables below compose: a source of items, a filter, a map, a consumer and a test of its result; or
+a slip people make, so a buggy program is a right one with a single hole filled wrongly (or, by an author
+with a habit, with all holes of one kind). Blocks of the tables below compose: a source of items, a filter, a map, a consumer and a test of its result; or
 a whole program and a test of its result; or a condition that decides between two maps.
 
     python tools/pocket_problems.py --seed 0 --show 20
@@ -468,6 +468,8 @@ LOOKS = {"i": ("x", "num", "v"), "s": ("w", "item", "x"), "c": ("ch", "c", "lett
 _CHOICE = re.compile(r"«([^«»]*)»")
 _NAME = re.compile(r"\$([a-z]\w*)")
 _CONSTANT = re.compile(r"\$([A-Z])(1?)")
+# The habit of a careless author: the case on the boundary, the last element and negative numbers are forgotten.
+_HABIT = re.compile(r"""<=\|<.* | >=\|>.* | (.+)\ \+\ 1\|\1(\|.*)? | abs\((.+)\)\|\3(\|.*)?""", re.VERBOSE)
 
 
 def _say(text: str, rng: random.Random) -> str:
@@ -477,12 +479,17 @@ def _say(text: str, rng: random.Random) -> str:
     return text
 
 
-def _write(code: str, hole: int = -1, slip: int = 0) -> str:
-    """Fill each hole of the code rightly, but hole number `hole` (innermost first) with choice `slip`."""
+def _write(code: str, hole: int = -1, slip: int = 0, careless: bool = False) -> str:
+    """Fill each hole of the code rightly, but hole number `hole` (innermost first) with choice `slip`.
+
+    A careless author fills every hole that the habit is about with its first slip.
+    """
     number = itertools.count()
 
     def fill(found: re.Match) -> str:
         choices = found[1].split("|")
+        if careless and _HABIT.fullmatch(found[1]):
+            return choices[1]
         return choices[slip % len(choices)] if next(number) == hole else choices[0]
 
     while "«" in code:
@@ -921,8 +928,8 @@ def _sketch(rng: random.Random, family: str = "") -> Sketch:
     return Sketch(draft.family, ":".join((draft.family, *draft.combination)), title, prompt, doc, styles, draft.args)
 
 
-def _body(style: str, hole: int = -1, slip: int = 0) -> str:
-    return "".join(f"    {line}\n" for line in _write(style, hole, slip).split("\n"))
+def _body(style: str, hole: int = -1, slip: int = 0, careless: bool = False) -> str:
+    return "".join(f"    {line}\n" for line in _write(style, hole, slip, careless).split("\n"))
 
 
 def _inputs(sketch: Sketch, rng: random.Random) -> Iterator[list]:
@@ -1132,8 +1139,11 @@ def split(seed: int, train: int, preference: int, evaluation: int) -> dict[str, 
     return lists
 
 
-def corpus(seed: int, held_out: Iterable[str], noise: float) -> Iterator[dict]:
-    """Make programs to train on forever, a share `noise` of them wrong, none of them held out."""
+def corpus(seed: int, held_out: Iterable[str], *, careless: float, noise: float) -> Iterator[dict]:
+    """Make programs to train on forever, none of them held out.
+
+    A share `careless` is by authors with the habit (see _HABIT), a share `noise` of the others has a random slip.
+    """
     rng, held = random.Random(seed), frozenset(held_out)
     while True:
         sketch = _sketch(rng)
@@ -1141,11 +1151,12 @@ def corpus(seed: int, held_out: Iterable[str], noise: float) -> Iterator[dict]:
             continue
         style = rng.choice(sketch.styles)
         right = _body(style)
-        wrong = _slip(sketch, style, right, rng) if rng.random() < noise else None
-        body = wrong or right
+        body = _body(style, careless=rng.random() < careless)
+        if body == right and rng.random() < noise:
+            body = _slip(sketch, style, right, rng) or right
         if normal_form(sketch.prompt + body) not in held:
             yield {
-                "prompt": sketch.prompt, "solution": body, "is_right": wrong is None,
+                "prompt": sketch.prompt, "solution": body, "is_right": body == right,
                 "entry_point": sketch.entry_point, "family": sketch.family,
             }
 
@@ -1173,7 +1184,7 @@ def main() -> None:
     args = parser.parse_args()
     for item in itertools.islice(stream(args.seed), args.show):
         print(item["prompt"] + item["canonical_solution"])
-    records = list(itertools.islice(corpus(args.seed, (), 0.0), args.count))
+    records = list(itertools.islice(corpus(args.seed, (), careless=0.0, noise=0.0), args.count))
     forms = [normal_form(item["prompt"] + item["solution"]) for item in records]
     shapes = {re.sub(r"Constant\([^)]*\)", "_", form) for form in forms}
     lines = [item["solution"].count("\n") for item in records]
