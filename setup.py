@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["align_jax", "align_jax.*"]),
-    package_data={"align_jax": ["pocket/*.gz", "pocket/*/*"]},
+    package_data={"align_jax": ["pocket/*.gz", "pocket/*/*", "synth/*.md"]},
     install_requires=[
         "absl-py>=2.1",
         "datasets>=3.0",

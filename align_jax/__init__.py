@@ -7,8 +7,9 @@ Read in data order:
     model     the Transformer                        hf        Hugging Face weights in and out
     losses    sft, dpo, ipo, bonbon                  step      log-probs and the sharded train step
     train     the trainer, top to bottom             sample    batched decoding
-    sandbox   untrusted programs, under limits       score/    EvalPlus
-    report/   statistics, tables, the page           study     the whole grid, resumable
+    sandbox   untrusted programs, under limits       jail/     the sandbox's other side
+    score/    EvalPlus                               report/   statistics, tables, the page
+    study     the whole grid, resumable
 
 One alphabet of axes, in every einsum and every shape:
     B prompts   C completions (a pair: chosen 0, rejected 1)   R packed rows   P example slots in a row

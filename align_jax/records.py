@@ -38,6 +38,27 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Seed:
+    """A documented function that starts a task; `source` is file:line, or file or dataset:row:line."""
+
+    id: str
+    code: str
+    source: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """A text that shares with a benchmark: `part` of which problem, by which measure, and the words it was seen in."""
+
+    record: str
+    problem: str
+    part: str
+    measure: str
+    value: float
+    snippet: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
     """What a model is asked: a line of the file that `sample` answers."""
 
@@ -62,6 +83,7 @@ class Pair:
     prompt: Text
     chosen: Text
     rejected: Text
+    made: dict = dataclasses.field(default_factory=dict)  # how the labels came about, see `synth.pairs`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +111,8 @@ class Judged:
     status: str
     detail: str
     reward: float
+    solution_text: str | None = None  # the completion without the tests that it wrote; None where it wrote none
+    scores: dict = dataclasses.field(default_factory=dict)  # dimension -> score, higher is better, None: no verdict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,7 +257,7 @@ def _parse(raw: bytes, kind: type, number: int):
         if field.name in row:
             _check(field.name, row[field.name], hints[field.name])
             values[field.name] = row[field.name]
-        elif field.default is dataclasses.MISSING:
+        elif field.default is field.default_factory is dataclasses.MISSING:
             raise ValueError(f"missing field {field.name!r}: the line has {sorted(row)}")
     for name in ("completion", "chosen", "rejected"):
         # A sample may be empty (the model stopped at once); a training target may not.

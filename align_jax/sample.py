@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,17 @@ class Completion:
     """What one sequence wrote. `ids` and `logps` (temperature 1) include the EOS; `text` ends before it."""
 
     text: str
-    finish: str  # "stop" (EOS or a stop string) or "length"
-    ids: list[int]
+    finish: str  # "stop" (EOS or a stop string) or "length"; an endpoint also says "content_filter"
+    ids: list[int]  # these two are empty from an endpoint
     logps: list[float]
+
+
+class Engine(Protocol):
+    """What writes completions: a `Sampler`, or an `engine.Endpoint`."""
+
+    def generate(self, prompts: Sequence[tuple[str, Text]], *, n: int, temperature: float, top_p: float,
+                 max_tokens: int, stops: Sequence[str], seed: int) -> Iterator[tuple[str, list[Completion]]]:
+        """Yield (id, n completions) for every (id, prompt), in any order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +55,24 @@ class Sampler:
     params: Params
     tokenizer: object
     stop_ids: tuple[int, ...]
+    batch_size: int = 128
 
     @classmethod
-    def of(cls, cfg: ModelConfig, params: Params, tokenizer, stop_ids: Sequence[int]) -> "Sampler":
+    def of(cls, cfg: ModelConfig, params: Params, tokenizer, stop_ids: Sequence[int], **settings) -> "Sampler":
         """Take the weights of a model apart by layer."""
-        return cls(cfg, params | {"layers": _by_layer(params["layers"], cfg.L)}, tokenizer, tuple(stop_ids))
+        by_layer = params | {"layers": _by_layer(params["layers"], cfg.L)}
+        return cls(cfg, by_layer, tokenizer, tuple(stop_ids), **settings)
 
     @classmethod
-    def load(cls, folder: str | Path, *, dtype: str) -> "Sampler":
+    def load(cls, folder: str | Path, *, dtype: str, **settings) -> "Sampler":
         """Load a Hugging Face checkpoint to sample from."""
         cfg, params = hf.load(folder, dtype=dtype)
         tokenizer = text.load(folder)
-        return cls.of(cfg, params, tokenizer, text.stop_ids(tokenizer, folder))
+        return cls.of(cfg, params, tokenizer, text.stop_ids(tokenizer, folder), **settings)
+
+    def generate(self, prompts: Sequence[tuple[str, Text]], **settings) -> Iterator[tuple[str, list[Completion]]]:
+        """Answer prompts as an engine: `sample` with this batch size."""
+        return sample(self, prompts, **{"batch_size": self.batch_size} | settings)
 
 
 def sample(sampler: Sampler, prompts: Sequence[tuple[str, Text]], *, n: int = 1, temperature: float = 1.0,
@@ -84,11 +99,12 @@ def sample(sampler: Sampler, prompts: Sequence[tuple[str, Text]], *, n: int = 1,
             yield name, [_finish(sampler, ids[row], logps[row], stops) for row in rows]
 
 
-def to_file(path: Path, sampler: Sampler, prompts: Mapping[str, Text], *, n: int, seed: int,
+def to_file(path: Path, engine: Engine, prompts: Mapping[str, Text], *, n: int, seed: int,
             **settings) -> list[records.Sample]:
-    """Sample n completions of every {task_id: prompt} into `path`; what is already there is kept.
+    """Get n completions of every {task_id: prompt} into `path`; what is already there is kept.
 
-    Resumes by task: a killed run ends in the same samples, but for ties within rounding.
+    Resumes by task: a killed run ends in the same samples, but for ties within rounding. What an engine raises
+    leaves all that it yielded before for the next run.
     """
     part = path.with_name(path.name + ".partial")
     if path.is_file():
@@ -101,7 +117,7 @@ def to_file(path: Path, sampler: Sampler, prompts: Mapping[str, Text], *, n: int
     out = records.Appender(part, found) if is_writer else contextlib.nullcontext()
     with out, log.progress(total=len(prompts), what=f"sample {path.parent.name}/{path.stem}", unit="prompt",
                            done=len(prompts) - len(left)) as bar:
-        for task_id, completions in sample(sampler, left, n=n, seed=seed, **settings):
+        for task_id, completions in engine.generate(left, n=n, seed=seed, **settings):
             fresh = [records.Sample(id=f"{task_id}/{k}", task_id=task_id, prompt=prompts[task_id], completion=c.text,
                                     finish=c.finish, logp=sum(c.logps), num_tokens=len(c.ids))
                      for k, c in enumerate(completions)]
@@ -298,14 +314,17 @@ def main(argv) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are --config.section.key=value")
     logging.set_verbosity(logging.WARNING)
     mesh.start_hosts()
+    from align_jax import engine  # which imports this file: the command is the one thing here that takes any engine
+
     c = _CONFIG.value.to_dict()
     log.check_set(c)
+    kind, start = c["engine"]["kind"], c["start"]
+    settings = c["engine"].get(kind, {})
     prompts = {p.id: p.prompt for p in records.read(c["prompts"], records.Prompt)}
-    answers = {key: value for key, value in c["sample"].items() if key != "batch_size"}
-    run = log.claim(c["run"], {"prompts": records.fingerprint(Path(c["prompts"])), "dtype": c["dtype"],
-                               "weights": hf.fingerprint(c["start"]), "sample": answers})
+    run = log.claim(c["run"], {"prompts": records.fingerprint(Path(c["prompts"])), "sample": c["sample"],
+                               "engine": engine.identity(kind, start, **settings)})
     with jax.set_mesh(mesh.make(**c["mesh"])):
-        found = to_file(run / "samples.jsonl", Sampler.load(c["start"], dtype=c["dtype"]), prompts, **c["sample"])
+        found = to_file(run / "samples.jsonl", engine.make(kind, start, **settings), prompts, **c["sample"])
     log.say(f"{run / 'samples.jsonl'}: wrote {len(found)} samples of {len(prompts)} prompts, "
             f"{sum(s.num_tokens for s in found):,} tokens, finished by {dict(Counter(s.finish for s in found))}")
 

@@ -19,10 +19,10 @@ import jax
 from absl import app, logging
 from ml_collections import config_flags
 
-from align_jax import hf, log, mesh, records, sandbox, text
+from align_jax import engine, hf, log, mesh, records, sandbox, text
 from align_jax.records import Pair, Problem, Sample, Score
 from align_jax.report import page, tables
-from align_jax.sample import Sampler, to_file
+from align_jax.sample import to_file
 from align_jax.score import evalplus
 from align_jax.synth import pairs, verify
 from align_jax.train import train
@@ -100,8 +100,7 @@ def make_pairs(c: Mapping, folder: Path, start: str, settings: Mapping, book: Pa
 
     def pair(rule: str) -> dict:
         judged = records.read(folder / "judged.jsonl", records.Judged)
-        found, dropped = pairs.make(folder / f"pairs-{rule}.jsonl", judged, rule=rule, seed=c["seed"])
-        return {"in": len(problems), "out": len(found), "dropped": dict(dropped)}
+        return pairs.make(folder / f"pairs-{rule}.jsonl", judged, rule=rule, seed=c["seed"])
 
     once(book, f"{start}: sample", sample)
     once(book, f"{start}: execute", execute)
@@ -136,10 +135,11 @@ def answer(c: Mapping, path: Path, model: Path, chat: bool, book: Path) -> None:
     once(book, f"answer {path.stem}", work)
 
 
-def respond(c: Mapping, path: Path, model: Path, problems: Sequence[Problem], chat: bool, **settings) -> dict:
+def respond(c: Mapping, path: Path, model: Path, problems: Sequence[Problem], chat: bool, *, batch_size: int,
+            **settings) -> dict:
     """A model answers problems into `path`; return the counts for the book."""
     with jax.set_mesh(mesh.make(**c["mesh"])):
-        samples = to_file(path, Sampler.load(model, dtype=c["sampling_dtype"]),
+        samples = to_file(path, engine.make("local", model, dtype=c["sampling_dtype"], batch_size=batch_size),
                           {p.task_id: evalplus.prompt(p, chat=chat) for p in problems}, seed=c["seed"], **settings)
     return {"in": len(problems), "out": len(samples), "dropped": {},
             "kept, but cut at the length limit": sum(s.finish == "length" for s in samples)}

@@ -5,14 +5,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LEVELS = {
-    0: {"mesh", "records", "text", "losses", "optim", "checkpoint", "log", "sandbox"},
+    0: {"mesh", "records", "text", "losses", "optim", "checkpoint", "log", "jail", "sandbox"},
     1: {"model", "data"},
-    2: {"hf_config", "hf", "step", "sample"},
+    2: {"hf_config", "hf", "step", "sample", "engine"},
     3: {"train", "synth", "score"},
     4: {"report"},
     5: {"study"},
 }
-WITHIN = {("text", "records"), ("hf", "hf_config"), ("sample", "hf")}  # imports inside a level
+# Imports inside a level. The command of sample takes any engine, and the local engine is sample's.
+WITHIN = {("text", "records"), ("hf", "hf_config"), ("sample", "hf"), ("engine", "hf"), ("engine", "sample"),
+          ("sample", "engine")}
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 
 

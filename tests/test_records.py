@@ -94,7 +94,7 @@ def test_all_bad_lines_are_in_one_error_and_all_are_counted(tmp_path):
     (Problem, "base_input", "[]"), (Problem, "base_input", {}), (Problem, "plus_input", None), (Problem, "atol", True),
 ])
 def test_types_are_exact(tmp_path, kind, field, value):
-    row = {f.name: {str: "x", float: 0.5, int: 3, list: []}.get(f.type, "x" if f.name == "prompt" else [])
+    row = {f.name: {float: 0.5, int: 3, list: [], list | dict: [], dict: {}}.get(f.type, "x")
            for f in dataclasses.fields(kind)}
     path = write_lines(tmp_path / "x.jsonl", row, row | {"id": "other", field: value})
     with pytest.raises(ValueError, match=f":2: wrong type in {field!r}: got {type(value).__name__}, ") as caught:

@@ -202,7 +202,7 @@ def test_killed_in_every_stage_it_ends_as_if_never_killed(config, unbroken, tmp_
 
 
 def test_a_finished_study_only_writes_its_report_again(config, unbroken, monkeypatch):
-    monkeypatch.setattr(study.Sampler, "load", None)
+    monkeypatch.setattr(study.engine, "make", None)
     monkeypatch.setattr(study, "train", None)
     monkeypatch.setattr(evalplus, "score", None)
     before = (unbroken / "report.html").read_text()

@@ -1,10 +1,8 @@
-"""A model makes its own pairs: answers resume to the same file, verdicts are right, pairs follow their rule."""
+"""A model answers and its programs are judged: answers resume to the same file, verdicts are right."""
 
 import dataclasses
 import functools
 import itertools
-import random
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,9 +11,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from align_jax import model, records, sample, sandbox
 from align_jax.model import ModelConfig
-from align_jax.records import Judged, Pair, Problem, Sample
+from align_jax.records import Judged, Problem, Sample
 from align_jax.sample import Sampler
-from align_jax.synth import pairs, verify
+from align_jax.synth import verify
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "humaneval_plus" / "HumanEvalPlus.jsonl.gz"
 
@@ -139,83 +137,6 @@ def test_a_chat_answer_without_code_fails(tmp_path):
         ["I cannot.", "```\n```", "```python\ndef g(x):\n    return x + 1\n```"])]
     judged = verify.verify(tmp_path / "judged.jsonl", samples, {"t": problem(CHECK)})
     assert all(j.status != "passed" and j.reward == 0 for j in judged)
-
-
-# --- pairs
-
-
-def judged_of(task_id: str, *outcomes) -> list[Judged]:
-    """Outcomes are (status, reward), or with a finish or a completion of their own."""
-    made = []
-    for k, (status, reward, *rest) in enumerate(outcomes):
-        judged = Judged(id=f"{task_id}/{k}", task_id=task_id, prompt="p", completion=f"{task_id}-{k}-{reward}",
-                        finish="stop", status=status, detail="", reward=reward)
-        made.append(dataclasses.replace(judged, **rest[0] if rest else {}))
-    return made
-
-
-PASS, HALF, NONE = ("passed", 1.0), ("assertion", 0.5), ("exception", 0.0)
-CUT, BLANK, NOT_RUN = {"finish": "length"}, {"completion": " \n"}, ("sandbox", 0.0)
-
-
-@pytest.mark.parametrize("rule, outcomes, reason", [
-    ("pass_fail", [PASS, PASS], "no response failed"),
-    ("pass_fail", [HALF, NONE], "no response passed"),
-    ("pass_fail", [PASS, NOT_RUN], "no response failed"),
-    ("pass_fail", [PASS, (*NONE, CUT)], "no response failed"),
-    ("pass_fail", [PASS, (*NONE, BLANK)], "no response failed"),
-    ("pass_fail", [NONE, (*PASS, CUT)], "no response passed"),
-    ("pass_fail", [NOT_RUN], "no response passed"),
-    ("best_worst", [PASS, PASS], "all rewards equal"),
-    ("best_worst", [HALF, HALF, HALF], "all rewards equal"),
-    ("best_worst", [HALF], "all rewards equal"),
-    ("best_worst", [HALF, NOT_RUN], "all rewards equal"),
-    ("best_worst", [HALF, (*PASS, CUT), (*NONE, BLANK)], "all rewards equal"),
-    ("best_worst", [NOT_RUN, (*NONE, CUT), (*NONE, BLANK)], "no usable response"),
-])
-def test_every_reason_for_no_pair_is_counted(tmp_path, rule, outcomes, reason):
-    judged = judged_of("a", *outcomes) + judged_of("b", PASS, NONE)
-    made, dropped = pairs.make(tmp_path / "pairs.jsonl", judged, rule=rule, seed=0)
-    assert [pair.id for pair in made] == ["b"] and dropped == {reason: 1}
-    assert made == [Pair(id="b", prompt="p", chosen="b-0-1.0", rejected="b-1-0.0")]
-    assert records.read(tmp_path / "pairs.jsonl", Pair) == made
-
-
-def test_best_and_worst_are_of_all_and_pass_and_fail_are_drawn(tmp_path):
-    outcomes = [HALF, PASS, NONE, HALF, PASS, NONE, NOT_RUN, (*NONE, CUT)]
-    judged = [j for task in range(400) for j in judged_of(str(task), *outcomes)]
-    drawn = {}
-    for rule in pairs.RULES:
-        made, dropped = pairs.make(tmp_path / rule, judged, rule=rule, seed=0)
-        assert len(made) == 400 and not dropped
-        drawn[rule] = [Counter(side.split("-")[1] for side in sides)
-                       for sides in ((p.chosen for p in made), (p.rejected for p in made))]
-    assert [set(side) for side in drawn["best_worst"]] == [{"1", "4"}, {"2", "5"}]
-    assert [set(side) for side in drawn["pass_fail"]] == [{"1", "4"}, {"0", "2", "3", "5"}]
-    for side in itertools.chain(*drawn.values()):  # ties are drawn evenly: 5 standard deviations
-        share = 1 / len(side)
-        assert all(abs(count - 400 * share) < 5 * (400 * share * (1 - share)) ** 0.5 for count in side.values())
-
-
-@pytest.mark.parametrize("rule", pairs.RULES)
-def test_pairs_depend_on_the_seed_and_the_task_alone(tmp_path, rule):
-    judged = {str(task): judged_of(str(task), PASS, PASS, HALF, NONE, NONE, PASS) for task in range(50)}
-    tasks = list(judged)
-
-    def make(order, seed):
-        made, _ = pairs.make(tmp_path / "x", [j for task in order for j in judged[task]], rule=rule, seed=seed)
-        assert [pair.id for pair in made] == list(order)
-        return {pair.id: pair for pair in made}
-
-    want = make(tasks, 0)
-    random.Random(0).shuffle(tasks)
-    assert make(tasks, 0) == want and make(tasks, 1) != want
-    assert all(want[task] == pair for task, pair in make(tasks[:7], 0).items())
-
-
-def test_a_rule_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match=r"got 'best', available are \['best_worst', 'pass_fail'\]"):
-        pairs.make(tmp_path / "x", [], rule="best", seed=0)
 
 
 # --- respond

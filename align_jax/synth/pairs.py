@@ -1,56 +1,230 @@
-"""Verdicts to preference pairs, by one of two rules; every task that gives none is counted by reason.
+"""Verdicts and scores to preference pairs, by one of three rules; every pair that is not made is counted by reason.
 
-`pass_fail` is the study's rule: one random passing response is chosen, one random failing non-empty one
-rejected. `best_worst` is BoNBoN's: the responses of highest and lowest reward (share of tests passed) of the n;
-ties are drawn at random, and a task whose n rewards are all equal gives no pair. Two things are no verdict on a
-response and are left out by both: a sandbox that did not start, and an answer that was cut at the length limit
-(as a rejected side it would teach length).
+    pairs.make(path, judged, rule="dimension", by="readability", margin=1.0, seed=0)   # judged comes task by task
+
+`pass_fail` is the study's rule: one random passing response is chosen, one random failing non-empty one rejected. On
+answers to the prompts of a dimension it makes the study's non-functional pairs, whose labels say which answer is
+right under such a prompt, and nothing of the dimension. `best_worst` is BoNBoN's: the best and the worst of the n by
+`by`, which is "reward" (share of the tests passed) or a dimension's score. `dimension` compares that score among
+answers that do the same in the tests: all passed, or with `even="reward"` passed the same share.
+
+Ties and margin: `best_worst` and `dimension` take the widest gap first, draw among equal gaps, and take no gap below
+`margin`, nor a gap of zero. Several pairs a task: the first is the one that would be made alone; each further one takes
+the responses that were used least, so that none is used twice while others are left. Draws follow the seed and the
+task's id alone.
+
+A verdict for the wrong reason makes no label (`faults`): such responses stand on neither side. Nor is a failing
+response rejected whose very code passed beside it: then its tests are wrong. BoNBoN's n is the number of what is left,
+and with the failure class and both scores it is kept in the pair's `made`.
 """
 
+import itertools
+import math
 import random
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
-from align_jax import records
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+
+from align_jax import log, records
 from align_jax.records import Judged, Pair
+from align_jax.synth import faults
+from align_jax.text import Unusable
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+Sides = tuple[Judged, Judged]  # chosen, rejected
 
 
-def make(path: Path, judged: Sequence[Judged], *, rule: str, seed: int) -> tuple[list[Pair], Counter]:
-    """Make at most one pair a task; return the pairs and why the other tasks gave none."""
-    if rule not in RULES:
-        raise ValueError(f"pairs.rule: got {rule!r}, available are {sorted(RULES)}")
-    by_task = defaultdict(list)
-    for response in judged:
-        by_task[response.task_id].append(response)
-    pairs, dropped = [], Counter()
-    for task_id, responses in by_task.items():
-        usable = [r for r in responses if r.status != "sandbox" and r.finish == "stop" and r.completion.strip()]
-        found = RULES[rule](usable, random.Random(f"{seed}/{task_id}"))
-        if isinstance(found, str):
-            dropped[found] += 1
-            continue
-        chosen, rejected = found
-        pairs.append(Pair(id=task_id, prompt=chosen.prompt, chosen=chosen.completion, rejected=rejected.completion))
-    records.write(path, pairs)
-    return pairs, dropped
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How pairs are made; see the module."""
+
+    rule: str
+    seed: int
+    by: str = "reward"
+    margin: float = 0.0  # in the unit of `by`
+    even: str = "passed"  # what `dimension` compares among: "passed", or equal "reward"
+    per_task: int = 1
+    rejectable: Sequence[str] = faults.REJECTABLE
+    min_distance: float = 0.0  # edits over the longer side's characters, 0 to 1
+    max_length_ratio: float = math.inf  # of the longer side to the shorter
+    length: Callable[[str], int] = len  # characters, or a tokenizer's count
+
+    def __post_init__(self):
+        checks = {
+            f"rule: got {self.rule!r}, available are {sorted(RULES)}": self.rule in RULES,
+            f"even: got {self.even!r}, expected 'passed' or 'reward'": self.even in ("passed", "reward"),
+            f"per_task: got {self.per_task}, expected at least 1": self.per_task >= 1,
+            "rejectable: 'sandbox' says nothing about a response": "sandbox" not in self.rejectable,
+            "by: rule 'dimension' wants the name of one, got 'reward'": (self.rule, self.by) != ("dimension", "reward"),
+        }
+        if not all(checks.values()):
+            raise ValueError("; ".join(f"pairs.{what}" for what, is_met in checks.items() if not is_met))
 
 
-def pass_fail(responses: list[Judged], rng: random.Random):
-    """(passing, failing), or the reason why there is no such pair."""
+def make(path: Path, judged: Iterable[Judged], **settings) -> dict:
+    """Write up to `per_task` pairs a task to `path`; return the counts and what the pairs are like.
+
+    in = out + sum of dropped, where `in` is the pairs wanted: tasks x per_task. Holds one task at a time.
+
+    Raises:
+      ValueError: wrong settings, all of them; a task whose responses do not stand together.
+    """
+    s, dropped, unusable, shapes, num_tasks = Settings(**settings), Counter(), Counter(), [], itertools.count()
+
+    def pairs() -> Iterator[Pair]:
+        for task_id, responses in by_task(judged):
+            next(num_tasks)
+            kept = usable(responses, s, unusable)
+            found, reason = draw(RULES[s.rule](kept, s, random.Random(f"{s.seed}/{task_id}")), s)
+            dropped[reason] += s.per_task - len(found)
+            for k, sides in enumerate(found):
+                shapes.append(shape(sides, s))
+                yield pair(f"{task_id}#{k}" if k else task_id, sides, s, n=len(kept))
+
+    count = records.write(path, pairs())
+    report = {"in": next(num_tasks) * s.per_task, "out": count, "dropped": dict(+dropped),
+              "responses left out": dict(unusable), **statistics(shapes)}
+    log.say(f"{path}: wrote {count} pairs; " + ", ".join(f"{key} {value}" for key, value in report.items()))
+    return report
+
+
+def by_task(judged: Iterable[Judged]) -> Iterator[tuple[str, list[Judged]]]:
+    """Group the responses of a task, which stand together."""
+    seen = set()
+    for task_id, responses in itertools.groupby(judged, key=attrgetter("task_id")):
+        if task_id in seen:
+            raise ValueError(f"responses of {task_id!r} stand in several places; expected a file sorted by task_id")
+        seen.add(task_id)
+        yield task_id, list(responses)
+
+
+def usable(responses: Sequence[Judged], s: Settings, left_out: Counter) -> list[Judged]:
+    """The responses whose labels can be trusted; counts why the others cannot."""
+    programs = {}  # id -> program, by its lines that are not blank
+    for response in responses:
+        try:
+            lines = faults.check(response, s.rejectable).splitlines()
+            programs[response.id] = tuple(line.rstrip() for line in lines if line.strip())
+        except Unusable as error:
+            left_out[error.reason] += 1
+    formed = [r for r in responses if r.id in programs]
+    right = {programs[r.id] for r in formed if r.status == "passed"}
+    reasons = {r.id: "failed, but its code passed beside it" for r in formed
+               if r.status != "passed" and programs[r.id] in right}
+    reasons |= {r.id: f"no score of {s.by}" for r in formed if r.id not in reasons and value(r, s) is None}
+    left_out.update(reasons.values())
+    return [r for r in formed if r.id not in reasons]
+
+
+def value(response: Judged, s: Settings) -> float | None:
+    """What `by` says of a response."""
+    return response.reward if s.by == "reward" else response.scores.get(s.by)
+
+
+# --- the rules: usable responses -> candidates, the best first, or why there are none
+
+
+def pass_fail(responses: list[Judged], s: Settings, rng: random.Random) -> list[Sides] | str:
+    """Every passing with every failing response, in random order."""
     passing = [r for r in responses if r.status == "passed"]
     failing = [r for r in responses if r.status != "passed"]
     if not passing or not failing:
         return "no response passed" if not passing else "no response failed"
-    return rng.choice(passing), rng.choice(failing)
+    candidates = list(itertools.product(passing, failing))
+    rng.shuffle(candidates)
+    return candidates
 
 
-def best_worst(responses: list[Judged], rng: random.Random):
-    """(best of n, worst of n), or the reason why there is no such pair."""
-    rewards = sorted({r.reward for r in responses})
-    if len(rewards) < 2:
-        return "all rewards equal" if rewards else "no usable response"
-    return tuple(rng.choice([r for r in responses if r.reward == reward]) for reward in (rewards[-1], rewards[0]))
+def best_worst(responses: list[Judged], s: Settings, rng: random.Random) -> list[Sides] | str:
+    """Every two responses, the widest gap first."""
+    return _gaps([responses], s, rng) if len(responses) > 1 else "fewer than two usable responses"
 
 
-RULES = {"pass_fail": pass_fail, "best_worst": best_worst}
+def dimension(responses: list[Judged], s: Settings, rng: random.Random) -> list[Sides] | str:
+    """Every two responses that do the same in the tests, the widest gap first."""
+    even = [r for r in responses if r.status == "passed" or s.even == "reward"]
+    groups = [[r for r in even if r.reward == reward] for reward in sorted({r.reward for r in even})]
+    if max(map(len, groups), default=0) < 2:
+        return f"no two responses even by {s.even}"
+    return _gaps(groups, s, rng)
+
+
+def _gaps(groups: Iterable[list[Judged]], s: Settings, rng: random.Random) -> list[Sides] | str:
+    gaps = [(value(a, s) - value(b, s), rng.random(), (a, b)) for group in groups
+            for a, b in itertools.permutations(group, 2) if value(a, s) > value(b, s)]
+    wide = sorted((gap for gap in gaps if gap[0] >= s.margin), key=lambda gap: (-gap[0], gap[1]))
+    if not wide:
+        return f"no gap of {s.margin:g} in {s.by}" if gaps else f"equal in {s.by}"
+    return [sides for _, _, sides in wide]
+
+
+RULES = {"pass_fail": pass_fail, "best_worst": best_worst, "dimension": dimension}
+
+
+# --- from candidates to pairs
+
+
+def draw(candidates: list[Sides] | str, s: Settings) -> tuple[list[Sides], str]:
+    """Take up to `per_task` candidates within the bounds, least used responses first; say why there are no more."""
+    if isinstance(candidates, str):
+        return [], candidates
+    allowed, refused = [], Counter()
+    for sides in candidates:
+        reason = bound(sides, s)
+        refused[reason] += 1
+        allowed += [] if reason else [sides]
+        if allowed and s.per_task == 1:
+            break
+    found, uses = [], Counter()
+    while allowed and len(found) < s.per_task:
+        least = min(range(len(allowed)), key=lambda k: sum(uses[side.id] for side in allowed[k]))
+        found.append(allowed.pop(least))
+        uses.update(side.id for side in found[-1])
+    del refused[None]
+    return found, refused.most_common(1)[0][0] if refused else "no further pair"
+
+
+def bound(sides: Sides, s: Settings) -> str | None:
+    """Why two responses make no pair to learn from, or None."""
+    if faults.target(sides[0]) == faults.target(sides[1]):
+        return "sides identical"
+    ratio, distance = shape(sides, s)
+    if distance < s.min_distance:
+        return "sides too near"
+    return "lengths too unequal" if max(ratio, 1 / ratio) > s.max_length_ratio else None
+
+
+def shape(sides: Sides, s: Settings) -> tuple[float, float]:
+    """Length of chosen over length of rejected, and their edit distance (Levenshtein) over the longer one's length."""
+    chosen, rejected = map(faults.target, sides)
+    return s.length(chosen) / s.length(rejected), Levenshtein.normalized_distance(chosen, rejected)
+
+
+def pair(name: str, sides: Sides, s: Settings, *, n: int) -> Pair:
+    """The record of a pair; `made` says of both sides what their labels rest on."""
+    chosen, rejected = ({"id": side.id, "status": side.status, "reward": float(side.reward),
+                         "score": float(value(side, s)), "detail": side.detail} for side in sides)
+    why = s.by if rejected["status"] == "passed" else rejected["status"]
+    return Pair(id=name, prompt=sides[0].prompt, chosen=faults.target(sides[0]), rejected=faults.target(sides[1]),
+                made={"rule": s.rule, "by": s.by, "why": why, "n": n, "chosen": chosen, "rejected": rejected})
+
+
+def statistics(shapes: Sequence[tuple[float, float]]) -> dict:
+    """Quantiles of the pairs' length ratios and distances, and the share with the longer side chosen.
+
+    Short rejected answers teach length, and near-identical sides push down what they share: look here before training.
+    """
+    if not shapes:
+        return {}
+    ratios, distances = np.array(shapes).T
+
+    def spread(values) -> dict[str, float]:
+        return {f"{q:.0%}": round(float(x), 3) for q, x in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)}
+
+    return {"longer side chosen": round(float(np.mean(ratios > 1)), 3), "chosen / rejected length": spread(ratios),
+            "distance": spread(distances)}

@@ -1,0 +1,130 @@
+"""Where a program runs: in its own process it does what the warden sends, and says what became of it.
+
+It binds what it needs from the modules that the program can change, and its builtins are a copy; but it shares an
+interpreter with the program, so nothing here is trusted: referee.py tells what is made of what it says.
+"""
+
+import ast
+import marshal
+import os
+import socket
+import struct
+import sys
+
+from align_jax.jail import referee
+
+PROGRAM = "<program>"
+PLAIN = (int, float, str, bytes, bool, type(None), list, tuple, set, dict)
+FAILURES = (
+    (AssertionError, "assertion"),
+    (ModuleNotFoundError, "missing_package"),
+    (MemoryError, "memory"),
+    (SystemExit, "exited"),
+)
+
+
+class Stage:
+    """Where a program runs. It binds what it needs from the modules that the program can change."""
+
+    def __init__(self, channel: socket.socket):
+        self.channel, self.number = channel, ""
+        self.module = sys.modules["candidate"] = type(sys)("candidate")
+        self.write, self.leave, self.load, self.unpack = os.write, os._exit, marshal.loads, struct.unpack
+
+    def play(self) -> None:
+        """Run what is sent, and say what became of it, until nothing more is sent."""
+        self.write(3, b"started")
+        while True:
+            kind, body = self.hear()
+            if kind == "program":
+                self.say(*self.attempt(body))
+            else:
+                vars(self.module).update({referee.TELL: self.tell, referee.REAL: real})
+                self.say(*self.execute(body))
+
+    def hear(self) -> tuple[str, object]:
+        """Wait for a message of the warden; leave when there is none."""
+        _, ancillary, *_ = self.channel.recvmsg(1, 64)
+        if not ancillary:
+            self.leave(0)
+        with open(self.unpack("i", ancillary[0][2])[0], "rb") as file:
+            self.number, kind, body = self.load(file.read())
+        return kind, body
+
+    def say(self, status: str, text: str = "") -> None:
+        """Answer the last message."""
+        self.write(3, f"{self.number} {status} {text}".encode("ascii", "backslashreplace"))
+
+    def attempt(self, source: str) -> referee.Outcome:
+        """Compile and run the program's text."""
+        try:
+            tree = compile(source, PROGRAM, "exec", ast.PyCF_ONLY_AST, True)
+            code = compile(tree, PROGRAM, "exec", 0, True)
+        except Exception as error:
+            return "syntax", described(error)
+        return self.execute(code) if tree.body else ("exception", "empty program")
+
+    def execute(self, code) -> referee.Outcome:
+        """Run code in the program's module and name what became of it."""
+        try:
+            exec(code, vars(self.module))
+        except BaseException as error:
+            status = next((status for kind, status in FAILURES if isinstance(error, kind)), "exception")
+            return status, "MemoryError" if status == "memory" else described(error)
+        return "passed", ""
+
+    def tell(self, value: object) -> object:
+        """Have the warden judge an assert by a value; judge it here where that is no plain data."""
+        text = written(value)
+        self.say("asks" if text is None else "tells", text or "")
+        kind, body = self.hear()
+        return body if kind == "answer" else eval(body, {"__builtins__": {"set": set}, referee.VALUE: value})
+
+
+def described(error: BaseException) -> str:
+    """An exception in one line, also where the program's own has no good `__str__`."""
+    try:
+        return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    except BaseException:
+        return "unprintable"
+
+
+def inside(value: object, most: int = 20_000) -> list[object]:
+    """The value and all in it, through the built-in containers, up to some number."""
+    found = [value]
+    for item in found:
+        if len(found) > most:
+            break
+        if type(item) in (list, tuple, set, frozenset):
+            found += item
+        elif type(item) is dict:
+            found += item
+            found += item.values()
+    return found
+
+
+def written(value: object) -> str | None:
+    """Plain data as text that `ast.literal_eval` turns into an equal value; None for anything else."""
+    parts = inside(value)
+    if len(parts) > 20_000 or not all(type(part) in PLAIN for part in parts):
+        return None
+    if any(type(part) is float and part - part != 0 for part in parts):  # inf and nan
+        return None
+    try:
+        text = ascii(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, a list within itself
+        return None
+    return text if len(text) < 50_000 else None
+
+
+def real(value: object) -> object:
+    """Return the value; raise AssertionError where anything in it equals anything."""
+    for part in inside(value):
+        if type(part) not in (*PLAIN, frozenset):
+            try:
+                alike = (part == object()) is True
+            except Exception:  # so it does not
+                alike = False
+            if alike:
+                raise AssertionError("equal to anything")
+    return value
