@@ -27,6 +27,9 @@ setup(
         "openai>=1.40",
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12,<0.13",  # its v1 interface
+        "pyarrow>=17",
+        "pyflakes>=3.2",
+        "rensa>=0.5",
         "safetensors>=0.5",
         "scipy>=1.15",
         "statsmodels>=0.14.4",
@@ -38,6 +41,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.1,<0.12"],
         "cuda": ["jax[cuda13]>=0.10.1,<0.12"],
+        "types": ["pyright[nodejs]>=1.1.400"],
         "test": ["markdown-it-py>=3", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8", "torch==2.13.0"],
     },
 )

@@ -10,7 +10,7 @@ a folder of Python files (the default: the standard library of the interpreter t
     --config.source.path=bigcode/python-stack-v1-functions-filtered
 
 `pyright` needs `pip install align_jax[types]`; `judge` names a function, "package.module:name", that is given programs
-and says which of them their docstring describes. Expect 3,144 functions and 355 seeds of Python 3.11, in 10 s.
+and says which of them their docstring describes. Expect 311 seeds of Python 3.11's 3,144 functions, for 14 s of CPU.
 """
 
 import sysconfig

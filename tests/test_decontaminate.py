@@ -55,7 +55,7 @@ def replaced(text: str, every: int) -> str:
     (TASK, "task", "exact"),
     (f"Please solve this:\n\n{TASK.upper()}\n\nThank you.", "task", "exact"),
     ("\n    ".join(TASK.split()), "task", "exact"),
-    (f"Here:\n```python\ndef g(heights):\n{SOLUTION.replace(' = ', '=').replace('    ', '  ')}```", "solution", "exact"),
+    (f"Here:\n```python\ndef g(x):\n{SOLUTION.replace(' = ', '=').replace('    ', '  ')}```", "solution", "exact"),
     (" ".join(TASK.split()[:30]) + " and now for something else", "task", "share"),
     ("I once read: " + " ".join(TASK.split()[6:21]) + ". It was long ago.", "task", "run"),
 ])
@@ -79,7 +79,8 @@ def test_near_alone(tmp_path):
     one, two = "Count hills that can see the far western sea", "from left to right over every lower hill between"
     records.write(tmp_path / "s.jsonl", [
         {"task_id": 0, "prompt": f"{one}, {two}."},
-        {"task_id": 1, "prompt": 'def mean(a, b):\n    """Mean of two."""\n', "canonical_solution": "    return (a + b) / 2\n"},
+        {"task_id": 1, "prompt": 'def mean(a, b):\n    """Mean of two."""\n',
+         "canonical_solution": "    return (a + b) / 2\n"},
     ])
     index = decontaminate.index((str(tmp_path / "s.jsonl"),))
     text = f"{two}: {one}"

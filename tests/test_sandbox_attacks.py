@@ -48,8 +48,6 @@ def state(folder):
         "mounts": pathlib.Path("/proc/self/mounts").read_text(),
         "core pattern": pathlib.Path("/proc/sys/kernel/core_pattern").read_text(),
         "files": {path: path.read_text() for path in folder.rglob("*") if path.is_file()},
-        "checkout": sorted(REPOSITORY.iterdir()),
-        "scratch": list(pathlib.Path("/tmp").glob("align_jax_sandbox_*")),
     }
 
 
@@ -294,13 +292,16 @@ SCAN = """
 def copies(shifted):
     # How often a text is in this process' memory; told with every byte one higher, not to be there for being sought.
     found, table = 0, bytes(range(1, 256)) + bytes(1)
-    for line in open("/proc/self/maps"):
+    for line in open("/proc/self/maps").readlines():
         span, rights, *_ = line.split(" ", 5)
+        begin, end = (int(part, 16) for part in span.split("-"))
         if rights.startswith("rw"):
-            begin, end = (int(part, 16) for part in span.split("-"))
-            with open("/proc/self/mem", "rb") as file:
-                file.seek(begin)
-                found += file.read(end - begin).translate(table).count(shifted)
+            try:
+                with open("/proc/self/mem", "rb") as file:
+                    file.seek(begin)
+                    found += file.read(end - begin).translate(table).count(shifted)
+            except OSError:  # it held what was read before, and is gone
+                pass
     return found
 """
 

@@ -242,6 +242,8 @@ def test_scores_are_written_into_the_records_and_a_killed_run_continues(tmp_path
     with pytest.raises(KeyboardInterrupt):
         static.annotate(path, iter(responses), ["style"], judge=judge, chunk=2)
     assert not path.exists()
+    with pytest.raises(ValueError, match="made of other records: it has 't/0' for 't/1'"):
+        static.annotate(path, iter(responses[1:]), ["style"], judge=judge, chunk=2)
     report = static.annotate(path, iter(responses), ["style"], judge=judge, chunk=2)
     assert asked == [2, 2, 2, 2, 2, 2] and [*tmp_path.iterdir()] == [path]
     assert report == {"in": 10, "out": 10, "dropped": {}, "no verdict": {"style": 1}}

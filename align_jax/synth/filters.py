@@ -52,13 +52,12 @@ def extract(where: str, text: str | bytes) -> list[Seed] | str:
         tree = parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return "not Python"
-    lines, imports = text.split("\n"), _imports(tree)
-    seeds = []
+    lines, imports, seeds = text.split("\n"), _imports(tree), []
     for node in tree.body:
         if isinstance(node, Function):
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             code = "\n".join(lines[first - 1:node.end_lineno]) + "\n"
-            used = [line for name in sorted(undefined(code)) for line in imports.get(name, ())]
+            used = [line for name in sorted(undefined(code) or ()) for line in imports.get(name, ())]
             seeds.append(named(_with_imports(used, code), f"{where}:{first}"))
     return seeds
 
@@ -120,8 +119,10 @@ def has_no_word(seed: Seed, *, words: frozenset[str]) -> Seed | str:
 
 def complete(seed: Seed) -> Seed | str:
     """Keep what defines every name it uses, once the imports that anybody would guess are added."""
-    missing = sorted(undefined(seed.code))
-    guesses = [_guess(name, parse(seed.code)) for name in missing]
+    missing = undefined(seed.code)
+    if missing is None:
+        return "nested too deep"
+    guesses = [_guess(name, parse(seed.code)) for name in sorted(missing)]
     if not all(guesses):
         return "undefined name"
     return named(_with_imports(guesses, seed.code), seed.source) if guesses else seed
@@ -141,9 +142,12 @@ def parse(code: str) -> ast.Module:
 
 
 @functools.lru_cache(maxsize=4)
-def undefined(code: str) -> frozenset[str]:
-    """Return the names that a program uses and nothing defines, as pyflakes scopes them."""
-    found = checker.Checker(parse(code)).messages
+def undefined(code: str) -> frozenset[str] | None:
+    """Return the names that a program uses and nothing defines, as pyflakes scopes them; None if it is too deep."""
+    try:
+        found = checker.Checker(parse(code)).messages
+    except RecursionError:
+        return None
     return frozenset(m.message_args[0] for m in found if isinstance(m, messages.UndefinedName))
 
 

@@ -14,8 +14,9 @@ the responses that were used least, so that none is used twice while others are 
 task's id alone.
 
 A verdict for the wrong reason makes no label (`faults`): such responses stand on neither side. Nor is a failing
-response rejected whose very code passed beside it: then its tests are wrong. BoNBoN's n is the number of what is left,
-and with the failure class and both scores it is kept in the pair's `made`.
+response rejected whose very code passed beside it: then its tests are wrong. beta*_n would be too sure of the best and
+the worst of fewer than n, so `best_worst` wants all n usable, or the share `min_usable` of them. The failure class,
+both scores and the number of usable responses are kept in the pair's `made`.
 """
 
 import itertools
@@ -47,6 +48,7 @@ class Settings:
     seed: int
     by: str = "reward"
     margin: float = 0.0  # in the unit of `by`
+    min_usable: float = 1.0  # share of the n responses, for `best_worst`
     even: str = "passed"  # what `dimension` compares among: "passed", or equal "reward"
     per_task: int = 1
     rejectable: Sequence[str] = faults.REJECTABLE
@@ -80,7 +82,9 @@ def make(path: Path, judged: Iterable[Judged], **settings) -> dict:
         for task_id, responses in by_task(judged):
             next(num_tasks)
             kept = usable(responses, s, unusable)
-            found, reason = draw(RULES[s.rule](kept, s, random.Random(f"{s.seed}/{task_id}")), s)
+            is_short = s.rule == "best_worst" and len(kept) < s.min_usable * len(responses)
+            candidates = RULES[s.rule](kept, s, random.Random(f"{s.seed}/{task_id}"))
+            found, reason = draw("fewer than n usable responses" if is_short else candidates, s)
             dropped[reason] += s.per_task - len(found)
             for k, sides in enumerate(found):
                 shapes.append(shape(sides, s))
