@@ -115,7 +115,7 @@ def stages(run: Path) -> dict:
 
 # --- the grid -------------------------------------------------------------------------------------
 
-STARTS, TECHNIQUES = ("instruct", "pretrained"), ("sft", "dpo", "bonbon")
+STARTS, TECHNIQUES = ("pretrained", "instruct"), ("sft", "dpo", "bonbon")
 MODELS = [f"{start}-{stage}" for start in STARTS for stage in ("base", *TECHNIQUES)]
 
 
