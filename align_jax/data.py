@@ -41,9 +41,12 @@ def encode(records: Sequence[Example | Pair], tokenizer, *, max_length: int, too
     encoded, dropped = [], Counter()
     for record in progress(records):
         fields = COMPLETIONS[type(record)]
+        room = max_length if too_long == "drop" else max_length // len(fields)
         try:
-            sides = tuple(text.encode(tokenizer, record.prompt, getattr(record, field),
-                                      max_length=max_length // len(fields), too_long=too_long) for field in fields)
+            sides = tuple(text.encode(tokenizer, record.prompt, getattr(record, field), max_length=room,
+                                      too_long=too_long) for field in fields)
+            if sum(map(len, sides)) > max_length:
+                raise text.Unusable("too long", "its completions together")
         except text.Unusable as error:
             dropped[error.reason] += 1
             continue

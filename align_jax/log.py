@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -31,8 +32,10 @@ def check_set(config: dict) -> None:
         raise ValueError(f"settings without a value: {' '.join(left_open)}")
 
 
-def claim(folder: str | Path, config: dict) -> Path:
+def claim(folder: str | Path, config: dict, *, free: Sequence[str] = ()) -> Path:
     """Make the run folder, or take it up again if it was made with the same config.
+
+    `free` names the settings and sections that change no result, and so may differ.
 
     Raises:
       ValueError: the folder holds a run of another config; names every key that differs.
@@ -42,7 +45,8 @@ def claim(folder: str | Path, config: dict) -> Path:
     if path.is_file() and len(os.listdir(folder)) > 1:  # what failed before it made anything may be corrected
         was, now = _flat(json.loads(path.read_text())), _flat(config)
         differing = [f"  {key}: this run {now.get(key)!r}, in the folder {was.get(key)!r}"
-                     for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
+                     for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)
+                     and not any(f"{key}.".startswith(f"{name}.") for name in free)]
         if differing:
             raise ValueError(f"{folder} holds a run with another config; give another folder or delete it:\n"
                              + "\n".join(differing))

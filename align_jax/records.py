@@ -229,6 +229,8 @@ def _parse(raw: bytes, kind: type, number: int):
         raise ValueError(f"not an object: got {type(row).__name__}")
     values = {}
     hints = _hints(kind)
+    if isinstance(row.get("id", ""), int | None):  # elsewhere ids are numbers, or null
+        row["id"] = "" if row["id"] is None else str(row["id"])
     for field in dataclasses.fields(kind):
         if field.name in row:
             _check(field.name, row[field.name], hints[field.name])

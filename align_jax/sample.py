@@ -197,12 +197,12 @@ def _attend(their_k, their_v, lengths, own_k, own_v, t, q, k, v):
     M, _, N, H = q.shape
     B, S, K, _ = their_k.shape
     split = spec("rows", None, "heads", None, None)
-    q = (q[:, 0] * H**-0.5).reshape(B, M // B, K, N // K, H, out_sharding=split)
+    q = q[:, 0].reshape(B, M // B, K, N // K, H, out_sharding=split)
     mine_k, mine_v = (own.reshape(B, M // B, *own.shape[1:], out_sharding=spec("rows", None, None, "heads", None))
                       for own in (own_k, own_v))
     f32 = {"preferred_element_type": jnp.float32}
-    theirs = jnp.einsum("BnKGH,BSKH->BnKGS", q, their_k, **f32)
-    mine = jnp.einsum("BnKGH,BnTKH->BnKGT", q, mine_k, **f32)
+    theirs = jnp.einsum("BnKGH,BSKH->BnKGS", q, their_k, **f32) * H**-0.5  # in float32, as training does
+    mine = jnp.einsum("BnKGH,BnTKH->BnKGT", q, mine_k, **f32) * H**-0.5
     theirs = jnp.where((jnp.arange(S) < lengths[:, None])[:, None, None, None], theirs, -jnp.inf)
     mine = jnp.where(jnp.arange(own_k.shape[1]) <= t, mine, -jnp.inf)
     weights = jax.nn.softmax(jnp.concatenate([theirs, mine], axis=-1), axis=-1).astype(q.dtype)

@@ -76,8 +76,8 @@ def score_tokens(cfg: ModelConfig, params: Params, tokens: Int[Array, "R T"], po
     """
     x = model.hidden(cfg, params, tokens, positions, segments, dtype=jnp.dtype(compute.dtype),
                      remat=compute.remat)
-    following = jnp.roll(tokens, -1, axis=1)
-    return jnp.roll(_chunked_logps(params, x, following, chunk=compute.chunk), 1, axis=1)
+    following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))  # not jnp.roll: jax 0.11 cannot roll a batch of one row
+    return jnp.pad(_chunked_logps(params, x, following, chunk=compute.chunk)[:, :-1], ((0, 0), (1, 0)))
 
 
 def completion_logps(cfg: ModelConfig, params: Params, batch: Batch, *, compute: Compute):
@@ -143,7 +143,7 @@ def _sums(cfg, objective, compute, params, batch):
     sums = {name: jnp.sum(weight * value) for name, value in logged.items()}
     sums |= {"examples": jnp.sum(weight), "scored": jnp.sum(weight[..., None] * lengths),
              "tokens": jnp.sum(batch["segments"] > 0).astype(jnp.float32),
-             "ref_gap": jnp.max(jnp.abs(policy - ref) / jnp.maximum(lengths, 1) * weight[..., None])}
+             "ref_gap": jnp.max(jnp.abs(policy - ref) / jnp.sqrt(jnp.maximum(lengths, 1)) * weight[..., None])}
     return sums["loss"], sums
 
 

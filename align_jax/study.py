@@ -27,7 +27,7 @@ from align_jax.score import evalplus
 from align_jax.synth import pairs, verify
 from align_jax.train import train
 
-NOT_DECIDING = ("run", "mesh", "evalplus")  # sections that change no number
+FREE = ("run", "mesh", "evalplus.parallel", "evalplus.timeout")  # settings that change no number
 
 
 def study(c: Mapping) -> Path:
@@ -38,7 +38,7 @@ def study(c: Mapping) -> Path:
     c["benchmark"]["path"] = str(evalplus.locate(c["benchmark"]["name"], c["benchmark"]["path"]))
     inputs = {path: records.fingerprint(Path(path)) for path in (c["pairs"]["problems"], c["benchmark"]["path"])}
     inputs |= {start: hf.fingerprint(settings["model"]) for start, settings in c["starts"].items()}
-    folder = log.claim(c["run"], {key: c[key] for key in c if key not in NOT_DECIDING} | {"inputs": inputs})
+    folder = log.claim(c["run"], c | {"inputs": inputs}, free=FREE)
     book = folder / "stages.json"
     began = time.perf_counter()
     models = {}  # (start, stage) -> checkpoint folder

@@ -24,9 +24,9 @@ KINDS = {  # data.kind -> the records in the file, and what of them is trained o
     "pairs": (records.Pair, lambda record: record),
     "chosen": (records.Pair, lambda r: records.Example(id=r.id, prompt=r.prompt, completion=r.chosen)),
 }
-DECIDE = ("start", "seed", "steps", "data", "objective", "optim", "compute")  # sections that decide on the numbers
+FREE = ("run", "start", "data.path", "mesh", "ckpt")  # settings that change no number: the content of files is bound
 FOR_ROWS = ("rows_per_batch", "epochs")  # keys of the data section that say how the rows are served
-GAP = {"float32": 1e-4, "bfloat16": 2e-2}  # nats a token between policy and reference at step 0, by rounding alone
+GAP = {"float32": 1e-3, "bfloat16": 0.1}  # nats by the square root of the tokens: rounding adds up as a random walk
 
 
 def train(c: Mapping, *, params=None) -> Path:
@@ -39,7 +39,7 @@ def train(c: Mapping, *, params=None) -> Path:
     log.check_set(c)
     R, goal, compute = c["data"]["rows_per_batch"], objective(**c["objective"]), Compute(**c["compute"])
     inputs = {"weights": hf.fingerprint(c["start"]), "data": records.fingerprint(Path(c["data"]["path"]))}
-    run = log.claim(c["run"], {key: c[key] for key in DECIDE} | {"inputs": inputs})
+    run = log.claim(c["run"], c | {"inputs": inputs}, free=FREE)
     exported = run / "hf"
     if exported.is_dir():
         log.say(f"{run}: already finished")
@@ -47,7 +47,7 @@ def train(c: Mapping, *, params=None) -> Path:
 
     with jax.set_mesh(mesh.make(**c["mesh"])):
         # -- data --------------------------------------------------------------------------------------------
-        check_rows(R, compute.accumulate)
+        check_rows(R, compute.accumulate, c["data"]["row_length"], compute.chunk)
         if c["ckpt"]["every"] < 1:
             raise ValueError(f"ckpt.every: got {c['ckpt']['every']}, expected 1 or more steps")
         tokenizer = text.load(c["start"])
@@ -62,9 +62,14 @@ def train(c: Mapping, *, params=None) -> Path:
 
         # -- weights and optimiser ---------------------------------------------------------------------------
         cfg, params = (hf.config(c["start"]), params) if params is not None else hf.load(c["start"], dtype="float32")
+        longest = max(len(completion) for example in encoded for completion in example.completions)
+        if longest > cfg.max_length:
+            raise ValueError(f"data.row_length: an example has {longest} tokens, {c['start']} has {cfg.max_length} "
+                             "positions; expected row_length (of pairs: twice as much) to be no more")
         tx = optim.adamw(steps=steps, **c["optim"])
         if goal.completions == 2:
-            bound_to = inputs | {"tokenizer": text.fingerprint(tokenizer), "settings": [c["data"], c["compute"]]}
+            settings = [c["data"] | {"path": ""}, c["compute"]]
+            bound_to = inputs | {"tokenizer": text.fingerprint(tokenizer), "settings": settings}
             rows.ref_logps = reference(run / "reference.json", cfg, params, rows, bound_to, R, compute=compute)
         state = TrainState(jax.device_put(np.int32(0), mesh.sharding()), params, jax.jit(tx.init)(params))
         del params  # the first step donates them
@@ -103,8 +108,8 @@ def train(c: Mapping, *, params=None) -> Path:
     return exported
 
 
-def check_rows(rows_per_batch: int, accumulate: int) -> None:
-    """Every host feeds row shards of its own, and every micro-batch takes rows from every device."""
+def check_rows(rows_per_batch: int, accumulate: int, row_length: int, chunk: int) -> None:
+    """Every host feeds row shards of its own, every micro-batch takes rows from every device, and chunks fill a row."""
     shards, hosts = mesh.num_row_shards(), jax.process_count()
     if shards % hosts:
         raise ValueError(f"mesh: data x fsdp = {shards} does not divide over {hosts} hosts; the tensor axis has to "
@@ -112,6 +117,8 @@ def check_rows(rows_per_batch: int, accumulate: int) -> None:
     if rows_per_batch < 1 or rows_per_batch % (shards * accumulate):
         raise ValueError(f"data.rows_per_batch: got {rows_per_batch}, expected a multiple of {shards * accumulate} = "
                          f"mesh.data x mesh.fsdp ({shards}) x compute.accumulate ({accumulate})")
+    if row_length % min(chunk, row_length):
+        raise ValueError(f"data.row_length: got {row_length}, expected a multiple of compute.chunk={chunk}")
 
 
 def load_data(tokenizer, *, path: str, kind: str, row_length: int, too_long: str = "drop", bad_lines: str = "stop"):
@@ -156,9 +163,10 @@ def record(metrics: log.Metrics, number: int, values: dict, goal, compute: Compu
     gap = values.pop("ref_gap")
     log.check_finite(number, values)
     if number == 1 and goal.completions == 2 and gap > GAP[compute.dtype]:
-        raise ValueError(f"step 1: policy and reference differ by {gap:.3g} nats a token before any update, expected "
-                         f"at most {GAP[compute.dtype]} by rounding: {metrics.path.parent / 'reference.json'} is not "
-                         "of these weights and data; delete it to have it made again")
+        path = metrics.path.with_name("reference.json")
+        raise ValueError(f"step 1: policy and reference differ by {gap:.3g} nats a root of tokens before any update, "
+                         f"expected at most {GAP[compute.dtype]} by rounding: {path} is not of these weights and data; "
+                         "delete it to have it made again")
     metrics.write(number, values)
 
 

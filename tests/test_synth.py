@@ -169,9 +169,9 @@ CUT, BLANK, NOT_RUN = {"finish": "length"}, {"completion": " \n"}, ("sandbox", 0
     ("best_worst", [PASS, PASS], "all rewards equal"),
     ("best_worst", [HALF, HALF, HALF], "all rewards equal"),
     ("best_worst", [HALF], "all rewards equal"),
-    ("best_worst", [HALF, NOT_RUN], "all rewards equal"),
-    ("best_worst", [HALF, (*PASS, CUT), (*NONE, BLANK)], "all rewards equal"),
-    ("best_worst", [NOT_RUN, (*NONE, CUT), (*NONE, BLANK)], "no usable response"),
+    ("best_worst", [HALF, PASS, NOT_RUN], "fewer than n usable responses"),
+    ("best_worst", [HALF, PASS, (*PASS, CUT)], "fewer than n usable responses"),
+    ("best_worst", [HALF, PASS, (*NONE, BLANK)], "fewer than n usable responses"),
 ])
 def test_every_reason_for_no_pair_is_counted(tmp_path, rule, outcomes, reason):
     judged = judged_of("a", *outcomes) + judged_of("b", PASS, NONE)
@@ -182,10 +182,10 @@ def test_every_reason_for_no_pair_is_counted(tmp_path, rule, outcomes, reason):
 
 
 def test_best_and_worst_are_of_all_and_pass_and_fail_are_drawn(tmp_path):
-    outcomes = [HALF, PASS, NONE, HALF, PASS, NONE, NOT_RUN, (*NONE, CUT)]
-    judged = [j for task in range(400) for j in judged_of(str(task), *outcomes)]
+    usable, not_usable = [HALF, PASS, NONE, HALF, PASS, NONE], [NOT_RUN, (*NONE, CUT)]
     drawn = {}
-    for rule in pairs.RULES:
+    for rule, outcomes in {"best_worst": usable, "pass_fail": usable + not_usable}.items():
+        judged = [j for task in range(400) for j in judged_of(str(task), *outcomes)]
         made, dropped = pairs.make(tmp_path / rule, judged, rule=rule, seed=0)
         assert len(made) == 400 and not dropped
         drawn[rule] = [Counter(side.split("-")[1] for side in sides)

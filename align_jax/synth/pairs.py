@@ -2,7 +2,8 @@
 
 `pass_fail` is the study's rule: one random passing response is chosen, one random failing non-empty one
 rejected. `best_worst` is BoNBoN's: the responses of highest and lowest reward (share of tests passed) of the n;
-ties are drawn at random, and a task whose n rewards are all equal gives no pair. Two things are no verdict on a
+ties, which its analysis assumes away, are drawn at random; a task whose n rewards are all equal gives no pair, nor
+does one of which fewer than n responses are usable. Two things are no verdict on a
 response and are left out by both: a sandbox that did not start, and an answer that was cut at the length limit
 (as a rejected side it would teach length).
 """
@@ -26,7 +27,7 @@ def make(path: Path, judged: Sequence[Judged], *, rule: str, seed: int) -> tuple
     pairs, dropped = [], Counter()
     for task_id, responses in by_task.items():
         usable = [r for r in responses if r.status != "sandbox" and r.finish == "stop" and r.completion.strip()]
-        found = RULES[rule](usable, random.Random(f"{seed}/{task_id}"))
+        found = RULES[rule](usable, len(responses), random.Random(f"{seed}/{task_id}"))
         if isinstance(found, str):
             dropped[found] += 1
             continue
@@ -36,7 +37,7 @@ def make(path: Path, judged: Sequence[Judged], *, rule: str, seed: int) -> tuple
     return pairs, dropped
 
 
-def pass_fail(responses: list[Judged], rng: random.Random):
+def pass_fail(responses: list[Judged], n: int, rng: random.Random):
     """(passing, failing), or the reason why there is no such pair."""
     passing = [r for r in responses if r.status == "passed"]
     failing = [r for r in responses if r.status != "passed"]
@@ -45,11 +46,13 @@ def pass_fail(responses: list[Judged], rng: random.Random):
     return rng.choice(passing), rng.choice(failing)
 
 
-def best_worst(responses: list[Judged], rng: random.Random):
-    """(best of n, worst of n), or the reason why there is no such pair."""
+def best_worst(responses: list[Judged], n: int, rng: random.Random):
+    """(best of n, worst of n), or the reason why there is no such pair; beta*_n would be too sure of fewer than n."""
+    if len(responses) < n:
+        return "fewer than n usable responses"
     rewards = sorted({r.reward for r in responses})
     if len(rewards) < 2:
-        return "all rewards equal" if rewards else "no usable response"
+        return "all rewards equal"
     return tuple(rng.choice([r for r in responses if r.reward == reward]) for reward in (rewards[-1], rewards[0]))
 
 
