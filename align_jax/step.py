@@ -116,20 +116,21 @@ def _chunked_logps(params: Params, x, targets, *, chunk: int):
     """Log-probs of targets [R T] at states x [R T D], a chunk of positions at a time."""
     R, T, D = x.shape
     head = model.head(params, x.dtype)
-    chunk = max(size for size in range(1, min(chunk, T) + 1) if T % size == 0)
+    num = -(-T // chunk)
+    size = -(-T // num)  # of a chunk; the last one is filled up
+    x, targets = (jnp.pad(a, ((0, 0), (0, num * size - T), *((0, 0),) * (a.ndim - 2))) for a in (x, targets))
 
     @jax.checkpoint
     def of_chunk(chunked):
         x, targets = chunked
-        logits = model.unembed(head, x)  # [R chunk V]
+        logits = model.unembed(head, x)  # [R size V]
         # Compare and sum instead of gathering: it works, and reduces, where V is split over devices.
         ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2, out_sharding=jax.typeof(logits).sharding)
         picked = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
         return picked - jax.nn.logsumexp(logits, axis=-1)
 
-    split = (jnp.moveaxis(x.reshape(R, T // chunk, chunk, D), 1, 0),
-             jnp.moveaxis(targets.reshape(R, T // chunk, chunk), 1, 0))
-    return jnp.moveaxis(jax.lax.map(of_chunk, split), 0, 1).reshape(R, T)
+    split = (jnp.moveaxis(x.reshape(R, num, size, D), 1, 0), jnp.moveaxis(targets.reshape(R, num, size), 1, 0))
+    return jnp.moveaxis(jax.lax.map(of_chunk, split), 0, 1).reshape(R, num * size)[:, :T]
 
 
 def _sums(cfg, objective, compute, params, batch):

@@ -47,7 +47,7 @@ def train(c: Mapping, *, params=None) -> Path:
 
     with jax.set_mesh(mesh.make(**c["mesh"])):
         # -- data --------------------------------------------------------------------------------------------
-        check_rows(R, compute.accumulate, c["data"]["row_length"], compute.chunk)
+        check_rows(R, compute.accumulate)
         if c["ckpt"]["every"] < 1:
             raise ValueError(f"ckpt.every: got {c['ckpt']['every']}, expected 1 or more steps")
         tokenizer = text.load(c["start"])
@@ -108,8 +108,8 @@ def train(c: Mapping, *, params=None) -> Path:
     return exported
 
 
-def check_rows(rows_per_batch: int, accumulate: int, row_length: int, chunk: int) -> None:
-    """Every host feeds row shards of its own, every micro-batch takes rows from every device, and chunks fill a row."""
+def check_rows(rows_per_batch: int, accumulate: int) -> None:
+    """Every host feeds row shards of its own, and every micro-batch takes rows from every device."""
     shards, hosts = mesh.num_row_shards(), jax.process_count()
     if shards % hosts:
         raise ValueError(f"mesh: data x fsdp = {shards} does not divide over {hosts} hosts; the tensor axis has to "
@@ -117,8 +117,6 @@ def check_rows(rows_per_batch: int, accumulate: int, row_length: int, chunk: int
     if rows_per_batch < 1 or rows_per_batch % (shards * accumulate):
         raise ValueError(f"data.rows_per_batch: got {rows_per_batch}, expected a multiple of {shards * accumulate} = "
                          f"mesh.data x mesh.fsdp ({shards}) x compute.accumulate ({accumulate})")
-    if row_length % min(chunk, row_length):
-        raise ValueError(f"data.row_length: got {row_length}, expected a multiple of compute.chunk={chunk}")
 
 
 def load_data(tokenizer, *, path: str, kind: str, row_length: int, too_long: str = "drop", bad_lines: str = "stop"):
