@@ -88,7 +88,7 @@ class Rows:
     def __init__(self, encoded: Sequence[Encoded], *, row_length: int, rows_per_batch: int, seed: int,
                  ref_logps: dict[str, Sequence[float]] | None = None):
         if not encoded:
-            raise ValueError("no usable examples: every record was dropped, or the file is empty")
+            raise ValueError("no examples")
         self.encoded, self.row_length, self.ref_logps = encoded, row_length, ref_logps
         self.C = len(encoded[0].completions)
         self.packed = pack([len(e) for e in encoded], row_length=row_length, seed=seed)

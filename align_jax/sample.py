@@ -18,14 +18,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, logging
 from jax.experimental import multihost_utils
-from ml_collections import config_flags
 
 from align_jax import hf, log, mesh, model, records, text
 from align_jax.mesh import spec
 from align_jax.model import ModelConfig, Params
 from align_jax.records import Text
+
+FREE = ("run", "start", "prompts", "mesh", "sample.batch_size")  # settings that change no answer; content is bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,20 +68,33 @@ def sample(sampler: Sampler, prompts: Sequence[tuple[str, Text]], *, n: int = 1,
     `temperature` 0 is greedy. `batch_size` is the number of sequences at once. Stop strings are cut off.
 
     Raises:
-      ValueError: a prompt and its answer cannot fit the positions the model was trained for.
+      ValueError, at once: a setting out of its range; a prompt and its answer cannot fit the positions the model
+        was trained for.
     """
-    encoded = _encode(sampler, prompts, max_tokens)
-    encoded.sort(key=lambda item: len(item[1]))
+    _check_settings(n=n, max_tokens=max_tokens, batch_size=batch_size, temperature=temperature, top_p=top_p)
+    encoded = sorted(_encode(sampler, prompts, max_tokens), key=lambda item: len(item[1]))
     shards = mesh.num_row_shards()
     B = -(-max(batch_size // n, 1) // shards) * shards
     B = min(B, -(-len(encoded) // shards) * shards)
     B = max(B, 2)  # jax 0.10 cannot fold a key into an axis of one row
-    for at in range(0, len(encoded), B):
-        batch = encoded[at:at + B]
-        ids, logps = _generate(sampler, batch, B, n, temperature, top_p, max_tokens, stops, seed, chunk)
-        for b, (name, _) in enumerate(batch):
-            rows = range(b * n, b * n + n)
-            yield name, [_finish(sampler, ids[row], logps[row], stops) for row in rows]
+
+    def answers():
+        for at in range(0, len(encoded), B):
+            batch = encoded[at:at + B]
+            ids, logps = _generate(sampler, batch, B, n, temperature, top_p, max_tokens, stops, seed, chunk)
+            for b, (name, _) in enumerate(batch):
+                rows = range(b * n, b * n + n)
+                yield name, [_finish(sampler, ids[row], logps[row], stops) for row in rows]
+
+    return answers()
+
+
+def _check_settings(*, temperature: float, top_p: float, **counts: int) -> None:
+    wrong = [f"{name}: got {value}, expected 1 or more" for name, value in counts.items() if value < 1]
+    wrong += [f"temperature: got {temperature}, expected 0 or more"] * (not temperature >= 0)
+    wrong += [f"top_p: got {top_p}, expected a share above 0, at most 1"] * (not 0 < top_p <= 1)
+    if wrong:
+        raise ValueError("sampling: " + "; ".join(wrong))
 
 
 def to_file(path: Path, sampler: Sampler, prompts: Mapping[str, Text], *, n: int, seed: int,
@@ -97,11 +110,12 @@ def to_file(path: Path, sampler: Sampler, prompts: Mapping[str, Text], *, n: int
     counts = Counter(s.task_id for s in found)
     left = [(task_id, prompt) for task_id, prompt in prompts.items() if counts[task_id] != n]
     found = [s for s in found if s.task_id in prompts and counts[s.task_id] == n]
+    answers = sample(sampler, left, n=n, seed=seed, **settings)  # refuses before anything is written
     is_writer = jax.process_index() == 0
     out = records.Appender(part, found) if is_writer else contextlib.nullcontext()
     with out, log.progress(total=len(prompts), what=f"sample {path.parent.name}/{path.stem}", unit="prompt",
                            done=len(prompts) - len(left)) as bar:
-        for task_id, completions in sample(sampler, left, n=n, seed=seed, **settings):
+        for task_id, completions in answers:
             fresh = [records.Sample(id=f"{task_id}/{k}", task_id=task_id, prompt=prompts[task_id], completion=c.text,
                                     finish=c.finish, logp=sum(c.logps), num_tokens=len(c.ids))
                      for k, c in enumerate(completions)]
@@ -292,18 +306,17 @@ def _to_host(x) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-def main(argv) -> None:
+def main(c: Mapping) -> None:
     """Answer a file of prompts; a killed run continues with the prompts that are left."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are --config.section.key=value")
-    logging.set_verbosity(logging.WARNING)
     mesh.start_hosts()
-    c = _CONFIG.value.to_dict()
     log.check_set(c)
+    if c["dtype"] not in hf.DTYPES.values():
+        raise ValueError(f"dtype: got {c['dtype']!r}, available are {sorted(hf.DTYPES.values())}")
     prompts = {p.id: p.prompt for p in records.read(c["prompts"], records.Prompt)}
-    answers = {key: value for key, value in c["sample"].items() if key != "batch_size"}
-    run = log.claim(c["run"], {"prompts": records.fingerprint(Path(c["prompts"])), "dtype": c["dtype"],
-                               "weights": hf.fingerprint(c["start"]), "sample": answers})
+    if not prompts:
+        raise ValueError(f"{c['prompts']}: no prompts")
+    inputs = {"prompts": records.fingerprint(Path(c["prompts"])), "weights": hf.fingerprint(c["start"])}
+    run = log.claim(c["run"], c | {"inputs": inputs}, free=FREE)
     with jax.set_mesh(mesh.make(**c["mesh"])):
         found = to_file(run / "samples.jsonl", Sampler.load(c["start"], dtype=c["dtype"]), prompts, **c["sample"])
     log.say(f"{run / 'samples.jsonl'}: wrote {len(found)} samples of {len(prompts)} prompts, "
@@ -311,5 +324,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/sample.py", lock_config=True)
-    app.run(main)
+    log.command(main)

@@ -42,6 +42,8 @@ class Compute:
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute.dtype: got {self.dtype!r}, available are 'float32' and 'bfloat16'")
+        if self.remat not in model.REMAT:
+            raise ValueError(f"compute.remat: got {self.remat!r}, available are {sorted(model.REMAT)}")
         if self.chunk < 1 or self.accumulate < 1:
             raise ValueError(f"compute: got chunk {self.chunk}, accumulate {self.accumulate}, expected 1 or more")
 
@@ -56,6 +58,14 @@ class Objective:
     per_token: bool  # the loss is divided by scored tokens, not by examples
 
 
+RANGES = {  # of the hyper-parameters
+    "beta": ("a number above 0", lambda beta: 0 < beta < float("inf")),
+    "n": ("2 or more", lambda n: n >= 2),
+    "alpha": ("a share", lambda alpha: 0 <= alpha <= 1),
+    "smoothing": ("a share below 0.5", lambda smoothing: 0 <= smoothing < 0.5),
+}
+
+
 def objective(name: str, **hyper) -> Objective:
     """Look a loss up by name; `n` of BoNBoN gives the beta that scales the logged rewards."""
     if name not in losses.LOSSES:
@@ -64,6 +74,10 @@ def objective(name: str, **hyper) -> Objective:
     missing = set(takes.kwonlyargs) - set(takes.kwonlydefaults or ()) - set(hyper)
     if missing or set(hyper) - set(takes.kwonlyargs):
         raise ValueError(f"objective {name!r}: got {sorted(hyper)}, expected {takes.kwonlyargs}")
+    wrong = [f"{key} = {hyper[key]}, expected {expected}" for key, (expected, is_right) in RANGES.items()
+             if key in hyper and not is_right(hyper[key])]
+    if wrong:
+        raise ValueError(f"objective {name!r}: got {'; '.join(wrong)}")
     beta = losses.beta_star(hyper["n"]) if "n" in hyper else hyper.get("beta", 1.0)
     return Objective(partial(losses.LOSSES[name], **hyper), losses.COMPLETIONS[name], beta, name == "sft")
 

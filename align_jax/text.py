@@ -6,6 +6,7 @@ So the prompt is tokenised alone, as the sampler does it, and the completion is 
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 
@@ -40,11 +41,15 @@ class Tokens:
 
 def load(folder: str | Path):
     """Load a checkpoint's own tokenizer (transformers, local files only)."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch
     import transformers
 
     if not Path(folder).is_dir():
         raise ValueError(f"tokenizer: no such folder {folder!r}; expected a Hugging Face checkpoint folder")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # each tokenizer class fails in its own way on a file that is absent or broken
+        raise ValueError(f"{folder}: no tokenizer that transformers can load ({str(error).splitlines()[0]})") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer in {folder} has no EOS token: completions could not be ended")
     return tokenizer

@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     small = arg == "smoke"
     pocket = resources.files("align_jax") / "pocket"
     common = {
-        "steps": -1,
+        "steps": 0,
         "data": {"kind": "pairs", "row_length": 512, "rows_per_batch": 8, "epochs": 1},
         "compute": {"dtype": "float32", "remat": "none", "chunk": 128, "accumulate": 1},
         "ckpt": {"every": 1000, "keep": 1, "export": "bfloat16"},

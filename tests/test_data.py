@@ -180,7 +180,7 @@ def test_a_pairs_sides_share_no_segment():
 
 
 def test_nothing_to_train_on_is_an_error():
-    with pytest.raises(ValueError, match="no usable examples"):
+    with pytest.raises(ValueError, match="no examples"):
         data.Rows([], row_length=8, rows_per_batch=1, seed=0)
 
 

@@ -75,7 +75,7 @@ def main(_) -> None:
 
 def recipe(run: Path, start: Path, path: Path, *, lr: float, row_length: int) -> dict:
     """The config of one training run, in the form of configs/sft.py."""
-    return {"run": str(run), "start": str(start), "seed": FLAGS.seed, "steps": -1,
+    return {"run": str(run), "start": str(start), "seed": FLAGS.seed, "steps": 0,
             "data": {"path": str(path), "kind": "examples", "row_length": row_length,
                      "rows_per_batch": 4096 // row_length, "epochs": 1},
             "objective": {"name": "sft"},
