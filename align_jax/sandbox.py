@@ -156,13 +156,15 @@ def prefix(name: str, *, reads: Sequence[str | os.PathLike], writes: str | os.Pa
 _READ_ONLY = """
 import ctypes, os, sys
 libc, writes = ctypes.CDLL(None, use_errno=True), os.fsencode(sys.argv[1])
+def call(name, *arguments):
+    if getattr(libc, name)(*arguments):
+        raise OSError(ctypes.get_errno(), f"{name}{arguments}")
 def set_attributes(path, flags, on=0, off=0):
-    if libc.syscall(442, -100, path, flags, (ctypes.c_uint64 * 4)(on, off), 32):  # mount_setattr
-        raise OSError(ctypes.get_errno(), f"mount_setattr({path})")
-if libc.mount(writes, writes, None, 4096, None):  # a mount of its own
-    raise OSError(ctypes.get_errno(), f"mount({writes})")
+    call("syscall", 442, -100, path, flags, (ctypes.c_uint64 * 4)(on, off), 32)  # mount_setattr
+call("mount", writes, writes, None, 4096, None)  # a mount of its own
 set_attributes(b"/", 0x8000, on=1)
 set_attributes(writes, 0, off=1)
+call("mount", b"tmpfs", b"/dev/shm", b"tmpfs", 2 | 4 | 8, b"size=64m")  # for semaphores; nosuid, nodev, noexec
 os.chdir(writes)
 os.execvp(sys.argv[2], sys.argv[2:])
 """
