@@ -10,8 +10,9 @@ class Checkpoints:
     """The checkpoints of one run: `with Checkpoints(folder) as ckpts`."""
 
     def __init__(self, folder: str | Path, *, keep: int = 2):
+        self.folder = Path(folder).absolute()
         self._orbax = ocp.training.Checkpointer(
-            Path(folder).absolute(), cleanup_tmp_directories=True,
+            self.folder, cleanup_tmp_directories=True,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep))
 
     def __enter__(self):

@@ -41,9 +41,12 @@ def encode(records: Sequence[Example | Pair], tokenizer, *, max_length: int, too
     encoded, dropped = [], Counter()
     for record in progress(records):
         fields = COMPLETIONS[type(record)]
+        room = max_length if too_long == "drop" else max_length // len(fields)
         try:
-            sides = tuple(text.encode(tokenizer, record.prompt, getattr(record, field),
-                                      max_length=max_length // len(fields), too_long=too_long) for field in fields)
+            sides = tuple(text.encode(tokenizer, record.prompt, getattr(record, field), max_length=room,
+                                      too_long=too_long) for field in fields)
+            if sum(map(len, sides)) > max_length:
+                raise text.Unusable("too long", "its completions together")
         except text.Unusable as error:
             dropped[error.reason] += 1
             continue
@@ -85,7 +88,7 @@ class Rows:
     def __init__(self, encoded: Sequence[Encoded], *, row_length: int, rows_per_batch: int, seed: int,
                  ref_logps: dict[str, Sequence[float]] | None = None):
         if not encoded:
-            raise ValueError("no usable examples: every record was dropped, or the file is empty")
+            raise ValueError("no examples")
         self.encoded, self.row_length, self.ref_logps = encoded, row_length, ref_logps
         self.C = len(encoded[0].completions)
         self.packed = pack([len(e) for e in encoded], row_length=row_length, seed=seed)

@@ -31,8 +31,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
-from align_jax import mesh, model
-from align_jax.hf_config import FIELDS, config, config_json, fingerprint, read_json, several  # noqa: F401
+from align_jax import mesh, model, records
+from align_jax.hf_config import FIELDS, config, config_json, read_json, several
 from align_jax.model import ModelConfig, Params
 
 TABLE = [  # HF name, our path, HF layout -> ours. {} is the layer: our array has it as a leading L.
@@ -229,6 +229,13 @@ def _restore(cfg: ModelConfig, folder: Path, dtype) -> Params:
 
 
 # --- out ------------------------------------------------------------------------------------------
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Name a checkpoint by every byte of what `load` and the tokenizer read of it."""
+    read = ("config.json", "*.safetensors", "*.safetensors.index.json", "params/**/*", *COMPANIONS)
+    files = sorted({path for pattern in read for path in Path(folder).glob(pattern) if path.is_file()})
+    return records.fingerprint(*files)
 
 
 def export(cfg: ModelConfig, params: Params, folder: str | Path, *, like: str | Path | None = None,

@@ -3,7 +3,6 @@
 The lists decide on every field: read, implemented at one value, or of no weight. `hf` uses this.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -156,23 +155,6 @@ def config_json(cfg: ModelConfig) -> dict:
         "bos_token_id": None,  # generation_config.json and the tokenizer say these
         "eos_token_id": None,
     }
-
-
-def fingerprint(folder: str | Path) -> str:
-    """Name a checkpoint by its files: up to 16 MB by every byte, longer ones by their size and 256 windows.
-
-    Every host does this at every start, and other weights differ in every window; to read 16 GB would take minutes.
-    """
-    digest, window = hashlib.sha256(), 2**16
-    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-        if path.suffix not in (".md", ".txt"):
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(folder)} {size}\n".encode())
-            with open(path, "rb") as file:
-                for at in range(0, size, max(window, size // 256)):
-                    file.seek(at)
-                    digest.update(file.read(window))
-    return digest.hexdigest()[:16]
 
 
 def read_json(path: Path) -> dict:

@@ -1,15 +1,48 @@
-"""The run folder: its config, its metrics as JSONL and TensorBoard, and the progress bar."""
+"""A command and its run folder: config, errors, metrics as JSONL and TensorBoard, the progress bar."""
 
 import json
 import math
 import os
 import platform
 import time
+import traceback
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
 import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
 from tqdm import tqdm
+
+
+def command(main: Callable) -> None:
+    """Run main(config) for --config=FILE and its overrides; a user's fault ends in one line, not in a traceback."""
+    config = config_flags.DEFINE_config_file("config", None, "One of configs/*.py; its settings are flags too: "
+                                             "--config.section.key=value", lock_config=True)
+    flags.mark_flag_as_required("config")
+
+    def parse(argv):
+        try:
+            return app.parse_flags_with_usage(argv)
+        except Exception as error:  # ml_collections passes on whatever the file or an override raises
+            raise SystemExit(f"error: --config: {error}".replace("\\n", " ")) from None
+
+    def run(argv):
+        if len(argv) > 1:
+            raise SystemExit(f"error: unexpected arguments {argv[1:]}; settings are --config.section.key=value")
+        logging.set_verbosity(logging.WARNING)  # orbax tells much
+        try:
+            main(config.value.to_dict())
+        except KeyboardInterrupt:
+            raise SystemExit("interrupted; the same command continues") from None
+        except (ValueError, OSError) as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            if isinstance(error, OSError) or Path(__file__).parent in Path(frames[-1].filename).parents:
+                raise SystemExit(f"error: {error}") from None
+            raise
+
+    app.run(run, flags_parser=parse)
 
 
 def say(message: str) -> None:
@@ -31,8 +64,10 @@ def check_set(config: dict) -> None:
         raise ValueError(f"settings without a value: {' '.join(left_open)}")
 
 
-def claim(folder: str | Path, config: dict) -> Path:
+def claim(folder: str | Path, config: dict, *, free: Sequence[str] = ()) -> Path:
     """Make the run folder, or take it up again if it was made with the same config.
+
+    `free` names the settings and sections that change no result, and so may differ.
 
     Raises:
       ValueError: the folder holds a run of another config; names every key that differs.
@@ -42,7 +77,8 @@ def claim(folder: str | Path, config: dict) -> Path:
     if path.is_file() and len(os.listdir(folder)) > 1:  # what failed before it made anything may be corrected
         was, now = _flat(json.loads(path.read_text())), _flat(config)
         differing = [f"  {key}: this run {now.get(key)!r}, in the folder {was.get(key)!r}"
-                     for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
+                     for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)
+                     and not any(f"{key}.".startswith(f"{name}.") for name in free)]
         if differing:
             raise ValueError(f"{folder} holds a run with another config; give another folder or delete it:\n"
                              + "\n".join(differing))

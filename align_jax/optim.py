@@ -20,6 +20,8 @@ def schedule(*, lr: float, steps: int, warmup: float = 0.0, decay: str = "cosine
     """Linear warm-up over a share of the steps, then a decay that would reach `final` * lr a step after the last."""
     if decay not in DECAYS:
         raise ValueError(f"optim.decay: got {decay!r}, available are {DECAYS}")
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"optim.lr: got {lr}, expected a positive number")
     if not 0 <= warmup < 1:
         raise ValueError(f"optim.warmup: got {warmup}, expected a share of the steps in [0, 1)")
     rise = round(warmup * steps)

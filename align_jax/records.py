@@ -145,6 +145,8 @@ def read_counted(path: str | Path, kind: type, *, bad_lines: str = "stop") -> tu
         raise ValueError(f"bad_lines: got {bad_lines!r}, expected 'stop' or 'skip'")
     found, problems, seen = [], [], {}
     for number, raw in _lines(path):
+        if number == 1 and raw.lstrip().startswith(b"["):
+            raise ValueError(f"{path}: begins with '[', a JSON array; expected JSONL, one object a line")
         try:
             record = _parse(raw, kind, number)
             key = getattr(record, "id", None)
@@ -253,6 +255,8 @@ def _parse(raw: bytes, kind: type, number: int):
         raise ValueError(f"not an object: got {type(row).__name__}")
     values = {}
     hints = _hints(kind)
+    if isinstance(row.get("id", ""), int | None):  # elsewhere ids are numbers, or null
+        row["id"] = "" if row["id"] is None else str(row["id"])
     for field in dataclasses.fields(kind):
         if field.name in row:
             _check(field.name, row[field.name], hints[field.name])
@@ -263,6 +267,8 @@ def _parse(raw: bytes, kind: type, number: int):
         # A sample may be empty (the model stopped at once); a training target may not.
         if name in values and kind in (Example, Pair):
             _check_target(name, values["prompt"], values[name])
+    if kind is Pair and values["chosen"] == values["rejected"]:
+        raise ValueError("chosen equals rejected")
     if "id" in hints and not values.get("id"):
         values["id"] = f"{number}-{fingerprint(row)}"
     return kind(**values)

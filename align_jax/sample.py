@@ -19,14 +19,14 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, logging
 from jax.experimental import multihost_utils
-from ml_collections import config_flags
 
 from align_jax import hf, log, mesh, model, records, text
 from align_jax.mesh import spec
 from align_jax.model import ModelConfig, Params
 from align_jax.records import Text
+
+FREE = ("run", "start", "prompts", "mesh", "engine")  # settings that change no answer; content is bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,20 +83,33 @@ def sample(sampler: Sampler, prompts: Sequence[tuple[str, Text]], *, n: int = 1,
     `temperature` 0 is greedy. `batch_size` is the number of sequences at once. Stop strings are cut off.
 
     Raises:
-      ValueError: a prompt and its answer cannot fit the positions the model was trained for.
+      ValueError, at once: a setting out of its range; a prompt and its answer cannot fit the positions the model
+        was trained for.
     """
-    encoded = _encode(sampler, prompts, max_tokens)
-    encoded.sort(key=lambda item: len(item[1]))
+    _check_settings(n=n, max_tokens=max_tokens, batch_size=batch_size, temperature=temperature, top_p=top_p)
+    encoded = sorted(_encode(sampler, prompts, max_tokens), key=lambda item: len(item[1]))
     shards = mesh.num_row_shards()
     B = -(-max(batch_size // n, 1) // shards) * shards
     B = min(B, -(-len(encoded) // shards) * shards)
     B = max(B, 2)  # jax 0.10 cannot fold a key into an axis of one row
-    for at in range(0, len(encoded), B):
-        batch = encoded[at:at + B]
-        ids, logps = _generate(sampler, batch, B, n, temperature, top_p, max_tokens, stops, seed, chunk)
-        for b, (name, _) in enumerate(batch):
-            rows = range(b * n, b * n + n)
-            yield name, [_finish(sampler, ids[row], logps[row], stops) for row in rows]
+
+    def answers():
+        for at in range(0, len(encoded), B):
+            batch = encoded[at:at + B]
+            ids, logps = _generate(sampler, batch, B, n, temperature, top_p, max_tokens, stops, seed, chunk)
+            for b, (name, _) in enumerate(batch):
+                rows = range(b * n, b * n + n)
+                yield name, [_finish(sampler, ids[row], logps[row], stops) for row in rows]
+
+    return answers()
+
+
+def _check_settings(*, temperature: float, top_p: float, **counts: int) -> None:
+    wrong = [f"{name}: got {value}, expected 1 or more" for name, value in counts.items() if value < 1]
+    wrong += [f"temperature: got {temperature}, expected 0 or more"] * (not temperature >= 0)
+    wrong += [f"top_p: got {top_p}, expected a share above 0, at most 1"] * (not 0 < top_p <= 1)
+    if wrong:
+        raise ValueError("sampling: " + "; ".join(wrong))
 
 
 def to_file(path: Path, engine: Engine, prompts: Mapping[str, Text], *, n: int, seed: int,
@@ -113,11 +126,12 @@ def to_file(path: Path, engine: Engine, prompts: Mapping[str, Text], *, n: int, 
     counts = Counter(s.task_id for s in found)
     left = [(task_id, prompt) for task_id, prompt in prompts.items() if counts[task_id] != n]
     found = [s for s in found if s.task_id in prompts and counts[s.task_id] == n]
+    answers = engine.generate(left, n=n, seed=seed, **settings)  # a sampler refuses before anything is written
     is_writer = jax.process_index() == 0
     out = records.Appender(part, found) if is_writer else contextlib.nullcontext()
     with out, log.progress(total=len(prompts), what=f"sample {path.parent.name}/{path.stem}", unit="prompt",
                            done=len(prompts) - len(left)) as bar:
-        for task_id, completions in engine.generate(left, n=n, seed=seed, **settings):
+        for task_id, completions in answers:
             fresh = [records.Sample(id=f"{task_id}/{k}", task_id=task_id, prompt=prompts[task_id], completion=c.text,
                                     finish=c.finish, logp=sum(c.logps), num_tokens=len(c.ids))
                      for k, c in enumerate(completions)]
@@ -213,12 +227,12 @@ def _attend(their_k, their_v, lengths, own_k, own_v, t, q, k, v):
     M, _, N, H = q.shape
     B, S, K, _ = their_k.shape
     split = spec("rows", None, "heads", None, None)
-    q = (q[:, 0] * H**-0.5).reshape(B, M // B, K, N // K, H, out_sharding=split)
+    q = q[:, 0].reshape(B, M // B, K, N // K, H, out_sharding=split)
     mine_k, mine_v = (own.reshape(B, M // B, *own.shape[1:], out_sharding=spec("rows", None, None, "heads", None))
                       for own in (own_k, own_v))
     f32 = {"preferred_element_type": jnp.float32}
-    theirs = jnp.einsum("BnKGH,BSKH->BnKGS", q, their_k, **f32)
-    mine = jnp.einsum("BnKGH,BnTKH->BnKGT", q, mine_k, **f32)
+    theirs = jnp.einsum("BnKGH,BSKH->BnKGS", q, their_k, **f32) * H**-0.5  # in float32, as training does
+    mine = jnp.einsum("BnKGH,BnTKH->BnKGT", q, mine_k, **f32) * H**-0.5
     theirs = jnp.where((jnp.arange(S) < lengths[:, None])[:, None, None, None], theirs, -jnp.inf)
     mine = jnp.where(jnp.arange(own_k.shape[1]) <= t, mine, -jnp.inf)
     weights = jax.nn.softmax(jnp.concatenate([theirs, mine], axis=-1), axis=-1).astype(q.dtype)
@@ -308,21 +322,19 @@ def _to_host(x) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-def main(argv) -> None:
+def main(c: Mapping) -> None:
     """Answer a file of prompts; a killed run continues with the prompts that are left."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are --config.section.key=value")
-    logging.set_verbosity(logging.WARNING)
     mesh.start_hosts()
     from align_jax import engine  # which imports this file: the command is the one thing here that takes any engine
 
-    c = _CONFIG.value.to_dict()
     log.check_set(c)
     kind, start = c["engine"]["kind"], c["start"]
     settings = c["engine"].get(kind, {})
     prompts = {p.id: p.prompt for p in records.read(c["prompts"], records.Prompt)}
-    run = log.claim(c["run"], {"prompts": records.fingerprint(Path(c["prompts"])), "sample": c["sample"],
-                               "engine": engine.identity(kind, start, **settings)})
+    if not prompts:
+        raise ValueError(f"{c['prompts']}: no prompts")
+    inputs = {"prompts": records.fingerprint(Path(c["prompts"])), "engine": engine.identity(kind, start, **settings)}
+    run = log.claim(c["run"], c | {"inputs": inputs}, free=FREE)
     with jax.set_mesh(mesh.make(**c["mesh"])):
         found = to_file(run / "samples.jsonl", engine.make(kind, start, **settings), prompts, **c["sample"])
     log.say(f"{run / 'samples.jsonl'}: wrote {len(found)} samples of {len(prompts)} prompts, "
@@ -330,5 +342,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/sample.py", lock_config=True)
-    app.run(main)
+    log.command(main)

@@ -148,19 +148,39 @@ def prefix(name: str, *, reads: Sequence[str | os.PathLike], writes: str | os.Pa
     """Make a command prefix for a harness that runs untrusted code itself, as EvalPlus does.
 
     Behind it there is no network, no process of the host, and no file but the interpreter, `reads`, and the
-    folder `writes`. Empty for "none"; with "userns" the network and the processes are gone, but files are seen.
+    folder `writes`. Empty for "none"; with "userns" all files are seen, and only those in `writes` can be changed.
     """
     chosen = backend(name)
     if chosen == "none":
         return []
     if chosen == "userns":
-        return [_tool("unshare"), "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child"]
+        apart = "--user --map-root-user --mount --net --pid --fork --kill-child".split()
+        without_rights = [_tool("setpriv"), "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
+        return [_tool("unshare"), *apart, sys.executable, "-c", _READ_ONLY, os.fspath(writes), *without_rights]
     shown = [sys.prefix, *(path for inside, path in _visible().items() if inside == path), *reads]
     binds = [part for path in dict.fromkeys(map(os.fspath, shown)) for part in ("--ro-bind", path, path)]
     command = [_tool("bwrap"), "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     command += ["--size", str(_PREFIX_SCRATCH), "--tmpfs", "/tmp", *binds]
     command += ["--bind", os.fspath(writes), os.fspath(writes), "--proc", "/proc", "--dev", "/dev"]
     return [*command, "--chdir", os.fspath(writes)]
+
+
+# In a mount namespace of its own: makes all but one folder read-only, and becomes the command behind it.
+_READ_ONLY = """
+import ctypes, os, sys
+libc, writes = ctypes.CDLL(None, use_errno=True), os.fsencode(sys.argv[1])
+def call(name, *arguments):
+    if getattr(libc, name)(*arguments):
+        raise OSError(ctypes.get_errno(), f"{name}{arguments}")
+def set_attributes(path, flags, on=0, off=0):
+    call("syscall", 442, -100, path, flags, (ctypes.c_uint64 * 4)(on, off), 32)  # mount_setattr
+call("mount", writes, writes, None, 4096, None)  # a mount of its own
+set_attributes(b"/", 0x8000, on=1)
+set_attributes(writes, 0, off=1)
+call("mount", b"tmpfs", b"/dev/shm", b"tmpfs", 2 | 4 | 8, b"size=64m")  # for semaphores; nosuid, nodev, noexec
+os.chdir(writes)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 def run(program: str, tests: Sequence[str] = (), *, limits: Limits = _DEFAULT, backend: str = "auto") -> Verdict:

@@ -42,6 +42,8 @@ class Compute:
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute.dtype: got {self.dtype!r}, available are 'float32' and 'bfloat16'")
+        if self.remat not in model.REMAT:
+            raise ValueError(f"compute.remat: got {self.remat!r}, available are {sorted(model.REMAT)}")
         if self.chunk < 1 or self.accumulate < 1:
             raise ValueError(f"compute: got chunk {self.chunk}, accumulate {self.accumulate}, expected 1 or more")
 
@@ -56,6 +58,14 @@ class Objective:
     per_token: bool  # the loss is divided by scored tokens, not by examples
 
 
+RANGES = {  # of the hyper-parameters
+    "beta": ("a number above 0", lambda beta: 0 < beta < float("inf")),
+    "n": ("2 or more", lambda n: n >= 2),
+    "alpha": ("a share", lambda alpha: 0 <= alpha <= 1),
+    "smoothing": ("a share below 0.5", lambda smoothing: 0 <= smoothing < 0.5),
+}
+
+
 def objective(name: str, **hyper) -> Objective:
     """Look a loss up by name; `n` of BoNBoN gives the beta that scales the logged rewards."""
     if name not in losses.LOSSES:
@@ -64,6 +74,10 @@ def objective(name: str, **hyper) -> Objective:
     missing = set(takes.kwonlyargs) - set(takes.kwonlydefaults or ()) - set(hyper)
     if missing or set(hyper) - set(takes.kwonlyargs):
         raise ValueError(f"objective {name!r}: got {sorted(hyper)}, expected {takes.kwonlyargs}")
+    wrong = [f"{key} = {hyper[key]}, expected {expected}" for key, (expected, is_right) in RANGES.items()
+             if key in hyper and not is_right(hyper[key])]
+    if wrong:
+        raise ValueError(f"objective {name!r}: got {'; '.join(wrong)}")
     beta = losses.beta_star(hyper["n"]) if "n" in hyper else hyper.get("beta", 1.0)
     return Objective(partial(losses.LOSSES[name], **hyper), losses.COMPLETIONS[name], beta, name == "sft")
 
@@ -76,8 +90,8 @@ def score_tokens(cfg: ModelConfig, params: Params, tokens: Int[Array, "R T"], po
     """
     x = model.hidden(cfg, params, tokens, positions, segments, dtype=jnp.dtype(compute.dtype),
                      remat=compute.remat)
-    following = jnp.roll(tokens, -1, axis=1)
-    return jnp.roll(_chunked_logps(params, x, following, chunk=compute.chunk), 1, axis=1)
+    following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))  # not jnp.roll: jax 0.11 cannot roll a batch of one row
+    return jnp.pad(_chunked_logps(params, x, following, chunk=compute.chunk)[:, :-1], ((0, 0), (1, 0)))
 
 
 def completion_logps(cfg: ModelConfig, params: Params, batch: Batch, *, compute: Compute):
@@ -116,20 +130,21 @@ def _chunked_logps(params: Params, x, targets, *, chunk: int):
     """Log-probs of targets [R T] at states x [R T D], a chunk of positions at a time."""
     R, T, D = x.shape
     head = model.head(params, x.dtype)
-    chunk = max(size for size in range(1, min(chunk, T) + 1) if T % size == 0)
+    num = -(-T // chunk)
+    size = -(-T // num)  # of a chunk; the last one is filled up
+    x, targets = (jnp.pad(a, ((0, 0), (0, num * size - T), *((0, 0),) * (a.ndim - 2))) for a in (x, targets))
 
     @jax.checkpoint
     def of_chunk(chunked):
         x, targets = chunked
-        logits = model.unembed(head, x)  # [R chunk V]
+        logits = model.unembed(head, x)  # [R size V]
         # Compare and sum instead of gathering: it works, and reduces, where V is split over devices.
         ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2, out_sharding=jax.typeof(logits).sharding)
         picked = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
         return picked - jax.nn.logsumexp(logits, axis=-1)
 
-    split = (jnp.moveaxis(x.reshape(R, T // chunk, chunk, D), 1, 0),
-             jnp.moveaxis(targets.reshape(R, T // chunk, chunk), 1, 0))
-    return jnp.moveaxis(jax.lax.map(of_chunk, split), 0, 1).reshape(R, T)
+    split = (jnp.moveaxis(x.reshape(R, num, size, D), 1, 0), jnp.moveaxis(targets.reshape(R, num, size), 1, 0))
+    return jnp.moveaxis(jax.lax.map(of_chunk, split), 0, 1).reshape(R, num * size)[:, :T]
 
 
 def _sums(cfg, objective, compute, params, batch):
@@ -143,7 +158,7 @@ def _sums(cfg, objective, compute, params, batch):
     sums = {name: jnp.sum(weight * value) for name, value in logged.items()}
     sums |= {"examples": jnp.sum(weight), "scored": jnp.sum(weight[..., None] * lengths),
              "tokens": jnp.sum(batch["segments"] > 0).astype(jnp.float32),
-             "ref_gap": jnp.max(jnp.abs(policy - ref) / jnp.maximum(lengths, 1) * weight[..., None])}
+             "ref_gap": jnp.max(jnp.abs(policy - ref) / jnp.sqrt(jnp.maximum(lengths, 1)) * weight[..., None])}
     return sums["loss"], sums
 
 

@@ -16,8 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
-from absl import app, logging
-from ml_collections import config_flags
 
 from align_jax import engine, hf, log, mesh, records, sandbox, text
 from align_jax.records import Pair, Problem, Sample, Score
@@ -25,9 +23,10 @@ from align_jax.report import page, tables
 from align_jax.sample import to_file
 from align_jax.score import evalplus
 from align_jax.synth import pairs, verify
+from align_jax.train import check as check_recipe
 from align_jax.train import train
 
-NOT_DECIDING = ("run", "mesh", "evalplus")  # sections that change no number
+FREE = ("run", "mesh", "evalplus.parallel", "evalplus.timeout")  # settings that change no number
 
 
 def study(c: Mapping) -> Path:
@@ -38,9 +37,8 @@ def study(c: Mapping) -> Path:
     c["benchmark"]["path"] = str(evalplus.locate(c["benchmark"]["name"], c["benchmark"]["path"]))
     inputs = {path: records.fingerprint(Path(path)) for path in (c["pairs"]["problems"], c["benchmark"]["path"])}
     inputs |= {start: hf.fingerprint(settings["model"]) for start, settings in c["starts"].items()}
-    folder = log.claim(c["run"], {key: c[key] for key in c if key not in NOT_DECIDING} | {"inputs": inputs})
+    folder = log.claim(c["run"], c | {"inputs": inputs}, free=FREE)
     book = folder / "stages.json"
-    began = time.perf_counter()
     models = {}  # (start, stage) -> checkpoint folder
     for start, settings in c["starts"].items():
         models[start, "base"] = Path(settings["model"])
@@ -52,7 +50,8 @@ def study(c: Mapping) -> Path:
         answer(c, folder / "answers" / f"{start}-{stage}.jsonl", model, c["starts"][start]["chat"], book)
     once(book, "EvalPlus", lambda: score(c, folder, models))
     report = write_report(c, folder, models)
-    log.say(f"wrote {report} and {folder / 'table.md'} in {log.minutes(time.perf_counter() - began)}")
+    seconds = sum(did["seconds"] for did in json.loads(book.read_text()).values())
+    log.say(f"wrote {report} and {folder / 'table.md'}; its stages took {log.minutes(seconds)}")
     return report
 
 
@@ -71,8 +70,11 @@ def check(c: Mapping) -> None:
               "pairs.sampling.n" for stage, recipe in c["train"].items() if recipe["objective"].get("n", n) != n]
     wrong += [f"train.{stage}.rule: got {recipe['rule']!r}, available are {sorted(pairs.RULES)}"
               for stage, recipe in c["train"].items() if recipe["rule"] not in pairs.RULES]
-    wrong += [f"train.{stage}.ckpt.export: got {recipe['ckpt']['export']!r}, available are {sorted(hf.DTYPES.values())}"
-              for stage, recipe in c["train"].items() if recipe["ckpt"]["export"] not in hf.DTYPES.values()]
+    for stage, recipe in c["train"].items():
+        try:
+            check_recipe(recipe)
+        except ValueError as error:
+            wrong.append(f"train.{stage}: {error}")
     for start, settings in c["starts"].items():
         hf.config(settings["model"])
         if settings["chat"] and text.load(settings["model"]).chat_template is None:
@@ -117,9 +119,9 @@ def train_once(c: Mapping, folder: Path, stage: str, start: Path, book: Path) ->
 
     def work() -> dict:
         train(recipe)
-        last = log.read_metrics(folder / stage)[-1]
-        return {"in": len(records.read(path, Pair)), "out": last["step"], "out is": "steps", "dropped": {},
-                "tokens": int(last["num_tokens"])}
+        last, data = log.read_metrics(folder / stage)[-1], json.loads((folder / stage / "data.json").read_text())
+        return {"in": len(records.read(path, Pair)), "out": data["examples"], "dropped": data["dropped"],
+                "steps": last["step"], "tokens": int(last["num_tokens"])}
 
     once(book, f"{folder.name}: {stage}", work)
     return folder / stage / "hf"
@@ -141,7 +143,7 @@ def respond(c: Mapping, path: Path, model: Path, problems: Sequence[Problem], ch
     with jax.set_mesh(mesh.make(**c["mesh"])):
         samples = to_file(path, engine.make("local", model, dtype=c["sampling_dtype"], batch_size=batch_size),
                           {p.task_id: evalplus.prompt(p, chat=chat) for p in problems}, seed=c["seed"], **settings)
-    return {"in": len(problems), "out": len(samples), "dropped": {},
+    return {"in": len(problems), "out": len({s.task_id for s in samples}), "dropped": {}, "samples": len(samples),
             "kept, but cut at the length limit": sum(s.finish == "length" for s in samples)}
 
 
@@ -199,14 +201,10 @@ def once(book: Path, name: str, work: Callable[[], dict]) -> None:
     log.say(f"{name}: " + ", ".join(f"{key} {value}" for key, value in did.items()))
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are --config.section.key=value")
-    logging.set_verbosity(logging.WARNING)
+def main(c: Mapping) -> None:
     mesh.start_hosts()
-    study(_CONFIG.value)
+    study(c)
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "One of configs/*.py", lock_config=True)
-    app.run(main)
+    log.command(main)

@@ -6,6 +6,7 @@ So the prompt is tokenised alone, as the sampler does it, and the completion is 
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 
@@ -40,11 +41,15 @@ class Tokens:
 
 def load(folder: str | Path):
     """Load a checkpoint's own tokenizer (transformers, local files only)."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch
     import transformers
 
     if not Path(folder).is_dir():
         raise ValueError(f"tokenizer: no such folder {folder!r}; expected a Hugging Face checkpoint folder")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # each tokenizer class fails in its own way on a file that is absent or broken
+        raise ValueError(f"{folder}: no tokenizer that transformers can load ({str(error).splitlines()[0]})") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer in {folder} has no EOS token: completions could not be ended")
     return tokenizer
@@ -92,7 +97,7 @@ def decode(tokenizer, ids) -> str:
     Decoded alone they would lose their first space where the tokenizer puts one before every text (CodeLlama).
     """
     start = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    whole, before = (tokenizer.decode(part, skip_special_tokens=True) for part in ([*start, *ids], start))
+    whole, before = (_spell(tokenizer, part, skip_special_tokens=True) for part in ([*start, *ids], start))
     return whole[len(before):]
 
 
@@ -160,6 +165,11 @@ def _apply(tokenizer, messages: list[dict], **how) -> str:
         raise Unusable("template", str(error)) from error
 
 
+def _spell(tokenizer, ids: list[int], **how) -> str:
+    """Decode without the clean-up that Llama-3's config asks for: it takes spaces out of code."""
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False, **how)
+
+
 def _continue(tokenizer, before: str, after: str) -> list[int]:
     """Ids of `after` that continue the ids of `before`, though the two might merge when joined.
 
@@ -175,7 +185,7 @@ def _continue(tokenizer, before: str, after: str) -> list[int]:
     behind = ids("\n" + after)
     candidates = [ids(after), *([behind[len(newline):]] if behind[:len(newline)] == newline else [])]
     for tail in candidates:
-        if tokenizer.decode(head + tail) == tokenizer.decode(joint):
+        if _spell(tokenizer, head + tail) == _spell(tokenizer, joint):
             return tail
     raise Unusable("boundary", f"{before[-20:]!r} + {after[:20]!r} cannot be tokenised apart")
 
@@ -184,7 +194,7 @@ def _end_once(tokenizer, ids: list[int]) -> list[int]:
     """Cut what a template puts behind EOS (white space, or EOS again), or add the missing one."""
     eos = tokenizer.eos_token_id
     end = ids.index(eos) if eos in ids else len(ids)
-    behind = tokenizer.decode([i for i in ids[end:] if i != eos])
+    behind = _spell(tokenizer, [i for i in ids[end:] if i != eos])
     if behind.strip():
         raise Unusable("EOS inside", f"the answer goes on behind {tokenizer.eos_token}: {behind[:40]!r}")
     return [*ids[:end], eos]

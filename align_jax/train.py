@@ -12,9 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, logging
 from jax.experimental import multihost_utils
-from ml_collections import config_flags
 
 from align_jax import checkpoint, data, hf, log, mesh, optim, records, text
 from align_jax.step import Compute, TrainState, make_scorer, make_step, objective
@@ -24,9 +22,9 @@ KINDS = {  # data.kind -> the records in the file, and what of them is trained o
     "pairs": (records.Pair, lambda record: record),
     "chosen": (records.Pair, lambda r: records.Example(id=r.id, prompt=r.prompt, completion=r.chosen)),
 }
-DECIDE = ("start", "seed", "steps", "data", "objective", "optim", "compute")  # sections that decide on the numbers
+FREE = ("run", "start", "data.path", "mesh", "ckpt")  # settings that change no number: the content of files is bound
 FOR_ROWS = ("rows_per_batch", "epochs")  # keys of the data section that say how the rows are served
-GAP = {"float32": 1e-4, "bfloat16": 2e-2}  # nats a token between policy and reference at step 0, by rounding alone
+GAP = {"float32": 1e-3, "bfloat16": 0.1}  # nats by the square root of the tokens: rounding adds up as a random walk
 
 
 def train(c: Mapping, *, params=None) -> Path:
@@ -37,9 +35,11 @@ def train(c: Mapping, *, params=None) -> Path:
     # -- run folder ------------------------------------------------------------------------------------------
     c = json.loads(json.dumps(c if isinstance(c, dict) else c.to_dict()))
     log.check_set(c)
+    check(c)
+    hf.config(c["start"])
     R, goal, compute = c["data"]["rows_per_batch"], objective(**c["objective"]), Compute(**c["compute"])
     inputs = {"weights": hf.fingerprint(c["start"]), "data": records.fingerprint(Path(c["data"]["path"]))}
-    run = log.claim(c["run"], {key: c[key] for key in DECIDE} | {"inputs": inputs})
+    run = log.claim(c["run"], c | {"inputs": inputs}, free=FREE)
     exported = run / "hf"
     if exported.is_dir():
         log.say(f"{run}: already finished")
@@ -48,11 +48,14 @@ def train(c: Mapping, *, params=None) -> Path:
     with jax.set_mesh(mesh.make(**c["mesh"])):
         # -- data --------------------------------------------------------------------------------------------
         check_rows(R, compute.accumulate)
-        if c["ckpt"]["every"] < 1:
-            raise ValueError(f"ckpt.every: got {c['ckpt']['every']}, expected 1 or more steps")
         tokenizer = text.load(c["start"])
         encoded, dropped = load_data(tokenizer, **{k: v for k, v in c["data"].items() if k not in FOR_ROWS})
+        if not encoded:
+            raise ValueError(f"{c['data']['path']}: no example is left to train on, dropped {dict(dropped)}; at most "
+                             f"data.row_length={c['data']['row_length']} tokens an example, both sides of a pair")
         rows = data.Rows(encoded, row_length=c["data"]["row_length"], rows_per_batch=R, seed=c["seed"])
+        if jax.process_index() == 0:
+            log.write_json(run / "data.json", {"examples": len(encoded), "dropped": dict(dropped)})
         if rows.C != goal.completions:
             raise ValueError(f"objective {c['objective']['name']!r} needs {goal.completions} completion(s) an example"
                              f", data.kind {c['data']['kind']!r} gives {rows.C}")
@@ -62,9 +65,14 @@ def train(c: Mapping, *, params=None) -> Path:
 
         # -- weights and optimiser ---------------------------------------------------------------------------
         cfg, params = (hf.config(c["start"]), params) if params is not None else hf.load(c["start"], dtype="float32")
+        longest = max(len(completion) for example in encoded for completion in example.completions)
+        if longest > cfg.max_length:
+            raise ValueError(f"data.row_length: an example has {longest} tokens, {c['start']} has {cfg.max_length} "
+                             "positions; expected row_length (of pairs: twice as much) to be no more")
         tx = optim.adamw(steps=steps, **c["optim"])
         if goal.completions == 2:
-            bound_to = inputs | {"tokenizer": text.fingerprint(tokenizer), "settings": [c["data"], c["compute"]]}
+            settings = [c["data"] | {"path": ""}, c["compute"]]
+            bound_to = inputs | {"tokenizer": text.fingerprint(tokenizer), "settings": settings}
             rows.ref_logps = reference(run / "reference.json", cfg, params, rows, bound_to, R, compute=compute)
         state = TrainState(jax.device_put(np.int32(0), mesh.sharding()), params, jax.jit(tx.init)(params))
         del params  # the first step donates them
@@ -101,6 +109,27 @@ def train(c: Mapping, *, params=None) -> Path:
     log.say(f"{run}: wrote {exported} ({c['ckpt']['export']}) after {steps} steps, {metrics.tokens:,.0f} tokens; "
             f"{step._cache_size()} compilation(s); {sum(dropped.values())} completions cut or examples dropped")
     return exported
+
+
+def check(c: Mapping) -> None:
+    """Refuse what the config alone shows to be wrong, all of it at once and before any work."""
+    wrong = []
+    for make in (lambda: objective(**c["objective"]), lambda: Compute(**c["compute"]),
+                 lambda: optim.adamw(steps=1, **c["optim"])):
+        try:
+            make()
+        except (TypeError, ValueError) as error:
+            wrong.append(str(error))
+    one_of = {"data.kind": (c["data"]["kind"], KINDS), "ckpt.export": (c["ckpt"]["export"], hf.DTYPES.values())}
+    wrong += [f"{key}: got {value!r}, available are {sorted(known)}" for key, (value, known) in one_of.items()
+              if value not in known]
+    least = {"steps": (c["steps"], 0), "data.row_length": (c["data"]["row_length"], 2),
+             "data.rows_per_batch": (c["data"]["rows_per_batch"], 1), "data.epochs": (c["data"]["epochs"], 1),
+             "ckpt.every": (c["ckpt"]["every"], 1), "ckpt.keep": (c["ckpt"]["keep"], 1)}
+    wrong += [f"{key}: got {value}, expected {lowest} or more" for key, (value, lowest) in least.items()
+              if value < lowest]
+    if wrong:
+        raise ValueError("config: " + "; ".join(wrong))
 
 
 def check_rows(rows_per_batch: int, accumulate: int) -> None:
@@ -156,20 +185,17 @@ def record(metrics: log.Metrics, number: int, values: dict, goal, compute: Compu
     gap = values.pop("ref_gap")
     log.check_finite(number, values)
     if number == 1 and goal.completions == 2 and gap > GAP[compute.dtype]:
-        raise ValueError(f"step 1: policy and reference differ by {gap:.3g} nats a token before any update, expected "
-                         f"at most {GAP[compute.dtype]} by rounding: {metrics.path.parent / 'reference.json'} is not "
-                         "of these weights and data; delete it to have it made again")
+        path = metrics.path.with_name("reference.json")
+        raise ValueError(f"step 1: policy and reference differ by {gap:.3g} nats a root of tokens before any update, "
+                         f"expected at most {GAP[compute.dtype]} by rounding: {path} is not of these weights and data; "
+                         "delete it to have it made again")
     metrics.write(number, values)
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are --config.section.key=value")
-    logging.set_verbosity(logging.WARNING)  # orbax tells much
+def main(c: Mapping) -> None:
     mesh.start_hosts()
-    train(_CONFIG.value)
+    train(c)
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "One of configs/*.py", lock_config=True)
-    app.run(main)
+    log.command(main)

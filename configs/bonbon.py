@@ -23,13 +23,13 @@ def get_config(arg: str = ""):
         "steps": 0,  # 0: as many as data.epochs make
         "data": {
             "path": "", "kind": "pairs",
-            "row_length": 2048, "rows_per_batch": 32,  # about 64 pairs of twice 500 tokens a batch
+            "row_length": 2048, "rows_per_batch": 32,  # a row holds both sides of a pair; about 64 pairs a batch
             "epochs": 1,
             "too_long": "drop",  # or "cut" the completion
             "bad_lines": "stop",  # or "skip" and count
         },
         "objective": {"name": "bonbon", "n": 8, "alpha": 0.005},
-        "optim": {"lr": 1e-6, "warmup": 0.1, "decay": "cosine"},
+        "optim": {"lr": 1e-6, "warmup": 0.1, "decay": "cosine", "weight_decay": 0.0, "clip": 1.0},
         "compute": {"dtype": "bfloat16", "remat": "full", "chunk": 256, "accumulate": 1},
         "mesh": {"data": 1, "fsdp": -1, "tensor": 1},  # -1: all the devices that are left
         "ckpt": {"every": 200, "keep": 2, "export": "bfloat16"},

@@ -141,7 +141,7 @@ def test_corpus_shows_nothing_that_is_held_out(lists):
     for record in records:
         assert pocket.normal_form(record["prompt"] + record["solution"]) not in held
         assert pocket.docstring(record["prompt"]) not in held
-    assert 0.2 <= sum(not record["is_right"] for record in records) / 4000 <= 0.3
+    assert 0.2 <= sum(not record["is_as_meant"] for record in records) / 4000 <= 0.3
     assert {record["family"] for record in records} == set(pocket.FAMILIES)
 
 
@@ -151,6 +151,19 @@ def test_corpus_would_show_it_otherwise():
     form = pocket.normal_form(first["prompt"] + first["solution"])
     again = next(pocket.corpus(5, {form}, careless=0.0, noise=0.0))
     assert pocket.normal_form(again["prompt"] + again["solution"]) != form
+
+
+def test_a_careless_author_forgets_the_boundary_the_end_and_the_sign():
+    for right, wrong in (("$a «<=|<» $b", "a < b"), ("$a «>=|>|<=» 3", "a > 3"), ("range(«$n + 1|$n»)", "range(n)"),
+                         ("str(«abs($x)|$x»)", "str(x)"), ("$a «<|<=» $b", "a < b"), ("$x[«1|0»:]", "x[1:]")):
+        assert pocket._write(right.replace("$", ""), careless=True) == wrong
+    rng, changed = random.Random(0), 0
+    for sketch in (pocket._sketch(rng) for _ in range(1000)):
+        for style in sketch.styles:
+            body = pocket._body(style, careless=True)
+            compile(sketch.prompt + body, "careless", "exec")
+        changed += body != pocket._body(style)
+    assert 200 <= changed <= 400
 
 
 def test_every_block_is_drawn():

@@ -36,7 +36,7 @@ BAD_PAIRS = {
     "number for text": ({**GOOD, "chosen": 1}, "wrong type in 'chosen'"),
     "null for text": ({**GOOD, "prompt": None}, "wrong type in 'prompt'"),
     "object for text": ({**GOOD, "prompt": USER}, "wrong type in 'prompt'"),
-    "number for id": ({**GOOD, "id": 7}, "wrong type in 'id'"),
+    "list for id": ({**GOOD, "id": [7]}, "wrong type in 'id'"),
     "empty completion": ({**GOOD, "chosen": ""}, "empty chosen"),
     "blank completion": ({**GOOD, "rejected": " \n\t"}, "empty rejected"),
     "empty message": ({**CHAT, "rejected": [{**ANSWER, "content": ""}]}, "empty rejected"),
@@ -56,6 +56,11 @@ def write_lines(path: Path, *lines) -> Path:
     raw = b"".join((json.dumps(line).encode() if isinstance(line, dict) else line) + b"\n" for line in lines)
     path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
     return path
+
+
+def test_ids_of_elsewhere_are_numbers_or_null(tmp_path):
+    found = records.read(write_lines(tmp_path / "pairs.jsonl", {**GOOD, "id": 7}, {**GOOD, "id": None}), Pair)
+    assert found[0].id == "7" and found[1].id.startswith("2-")
 
 
 # --- bad lines

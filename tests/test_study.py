@@ -115,7 +115,7 @@ def stages(run: Path) -> dict:
 
 # --- the grid -------------------------------------------------------------------------------------
 
-STARTS, TECHNIQUES = ("instruct", "pretrained"), ("sft", "dpo", "bonbon")
+STARTS, TECHNIQUES = ("pretrained", "instruct"), ("sft", "dpo", "bonbon")
 MODELS = [f"{start}-{stage}" for start in STARTS for stage in ("base", *TECHNIQUES)]
 
 
@@ -126,7 +126,7 @@ def test_every_stage_is_in_the_book_and_adds_up(unbroken):
           for what in ("sample", "execute", "pairs, best_worst", "pairs, pass_fail", *TECHNIQUES)),
         *(f"answer {model}" for model in MODELS), "EvalPlus"]
     for start in STARTS:
-        assert (book[f"{start}: sample"]["in"], book[f"{start}: sample"]["out"]) == (6, 6 * 8)
+        assert [book[f"{start}: sample"][key] for key in ("in", "out", "samples")] == [6, 6, 6 * 8]
         executed = book[f"{start}: execute"]
         assert executed["in"] == executed["out"] == sum(executed["verdicts"].values()) == 48
         for rule in ("pass_fail", "best_worst"):
@@ -134,7 +134,9 @@ def test_every_stage_is_in_the_book_and_adds_up(unbroken):
             assert made["in"] == 6 == made["out"] + sum(made["dropped"].values())
             assert made["out"] == len(records.read(unbroken / start / f"pairs-{rule}.jsonl", Pair)) > 0
         for stage in TECHNIQUES:
-            assert book[f"{start}: {stage}"]["out"] == len(log.read_metrics(unbroken / start / stage)) > 0
+            did = book[f"{start}: {stage}"]
+            assert did["in"] == did["out"] + sum(did["dropped"].values())
+            assert did["steps"] == len(log.read_metrics(unbroken / start / stage)) > 0
     assert all(book[f"answer {model}"]["in"] == book[f"answer {model}"]["out"] == 4 for model in MODELS)
     assert book["EvalPlus"]["in"] == book["EvalPlus"]["out"] == 4 * len(MODELS)
 
@@ -261,7 +263,7 @@ HOSTILE = {
     "write": "import io\n    io.open({target!r}, 'w').write('here')",
     "connect": "import socket\n    socket.create_connection(('127.0.0.1', {port}), 2)",
 }
-ESCAPES = {"none": {"read", "write", "connect"}, "userns": {"read", "write"}, "bwrap": set()}
+ESCAPES = {"none": {"read", "write", "connect"}, "userns": {"read"}, "bwrap": set()}
 
 
 @pytest.mark.parametrize("backend", ["none", *BACKENDS])

@@ -41,8 +41,8 @@ TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}"
             "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
 # As in Llama 3 and Qwen: digits one by one, and no token spans a line break and the indentation behind it.
 SPLIT = r"\p{N}|[^\r\n\p{L}\p{N}]?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# So that there is something to align: most programs are by authors with one bad habit (pocket_problems._HABIT: off by
-# one, careless of signs), which execution can show a model to be wrong, and some have a random slip.
+# So that there is something to align: most authors have one bad habit (pocket_problems._HABIT: off by one, careless of
+# signs), which matters in a quarter of the programs and which execution can show to be wrong; some make a random slip.
 SLIPS = {"pretrain": {"careless": 0.7, "noise": 0.15}, "instruct": {"careless": 0.6, "noise": 0.1}}
 STDLIB_SHARE = 0.05
 
@@ -75,7 +75,7 @@ def main(_) -> None:
 
 def recipe(run: Path, start: Path, path: Path, *, lr: float, row_length: int) -> dict:
     """The config of one training run, in the form of configs/sft.py."""
-    return {"run": str(run), "start": str(start), "seed": FLAGS.seed, "steps": -1,
+    return {"run": str(run), "start": str(start), "seed": FLAGS.seed, "steps": 0,
             "data": {"path": str(path), "kind": "examples", "row_length": row_length,
                      "rows_per_batch": 4096 // row_length, "epochs": 1},
             "objective": {"name": "sft"},

@@ -1154,9 +1154,9 @@ def corpus(seed: int, held_out: Iterable[str], *, careless: float, noise: float)
         body = _body(style, careless=rng.random() < careless)
         if body == right and rng.random() < noise:
             body = _slip(sketch, style, right, rng) or right
-        if normal_form(sketch.prompt + body) not in held:
+        if not held & {normal_form(sketch.prompt + text) for text in (right, body)}:
             yield {
-                "prompt": sketch.prompt, "solution": body, "is_right": body == right,
+                "prompt": sketch.prompt, "solution": body, "is_as_meant": body == right,
                 "entry_point": sketch.entry_point, "family": sketch.family,
             }
 

@@ -23,6 +23,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,6 +239,8 @@ def _run(
     (out / "samples_eval_results.json").unlink(missing_ok=True)  # EvalPlus would report it again
     kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH")
             if name in os.environ}
+    for left_by_a_kill in out.glob("cache-*"):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
     # The cache also holds the samples' folders; one just killed may still be writing there.
     with tempfile.TemporaryDirectory(dir=out, prefix="cache-", ignore_cleanup_errors=True) as cache:
         env = kept | {"HUMANEVAL_OVERRIDE_PATH": str(file), "MBPP_OVERRIDE_PATH": str(file),
