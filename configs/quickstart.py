@@ -2,7 +2,7 @@
 
     python -m align_jax.study --config=configs/quickstart.py
 
-Hardware: 2 CPU cores, 4 GB of memory, 7 minutes. Expect the table of README.md:
+Hardware: 2 CPU cores, 4 GB of memory, 7 to 9 minutes. Expect the table of README.md:
 numbers differ between machines, since sampling follows the last bit of the arithmetic.
 """
 
