@@ -374,7 +374,8 @@ def test_writes_outside_scratch_fail(isolating):
     assert run(isolating, program, "assert wrote == [], wrote").status == "passed"
 
 
-def test_scratch_is_empty_writable_and_gone_afterwards(backend):
+def test_scratch_is_empty_writable_and_gone_afterwards(backend, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     program = """
     import os, tempfile
     before = os.listdir(".")
@@ -384,7 +385,7 @@ def test_scratch_is_empty_writable_and_gone_afterwards(backend):
     """
     for _ in range(2):
         assert run(backend, program, "assert before == []").status == "passed"
-    assert not list(pathlib.Path(tempfile.gettempdir()).glob("align_jax_sandbox_*"))
+    assert not list(tmp_path.glob("align_jax_sandbox_*"))
 
 
 def test_scratch_is_bounded(isolating):
@@ -525,7 +526,8 @@ def test_run_many_keeps_order_and_reports_each(backend):
     assert sorted(map(id, done)) == sorted(map(id, verdicts))
 
 
-def test_nothing_is_left_behind(backend):
+def test_nothing_is_left_behind(backend, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     descriptors, mounts = os.listdir("/proc/self/fd"), pathlib.Path("/proc/mounts").read_text()
     threads = threading.active_count()
     programs = ["x = 1", "1 / 0", "import os; os._exit(0)", "while True: print('x' * 999)"]
@@ -535,7 +537,7 @@ def test_nothing_is_left_behind(backend):
     assert len(os.listdir("/proc/self/fd")) == len(descriptors)
     assert pathlib.Path("/proc/mounts").read_text() == mounts
     assert threading.active_count() == threads
-    assert not list(pathlib.Path(tempfile.gettempdir()).glob("align_jax_sandbox_*"))
+    assert not list(tmp_path.glob("align_jax_sandbox_*"))
 
 
 CALLER = """
