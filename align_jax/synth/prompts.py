@@ -104,8 +104,11 @@ def shots() -> tuple[Shot, ...]:
     return tuple(found)
 
 
-def build(stage: str, id: str, fields: Mapping[str, str], *, chat: bool, shots: int | None = None) -> Text:
+def build(stage: str, id: str, fields: Mapping[str, str], *, chat: bool, shots: int | None = None,
+          brief: bool = False) -> Text:
     """Build the prompt in which a model answers one stage for one record.
+
+    `brief` leaves out what the stage's task is and every example: for a model that was trained on the stages.
 
     `fields` holds what the stage is given: `seed`; `properties`; `instruction`; `instruction` and `draft`; the last two
     with a `principle` where an answer shall serve a dimension. The examples are then shown with that principle too.
@@ -116,9 +119,11 @@ def build(stage: str, id: str, fields: Mapping[str, str], *, chat: bool, shots: 
                          f"expected {how.given}")
     principle = {"principle": fields.get("principle", "")}
     shown = [{name: getattr(shot, name) for name in (*how.given, *how.asked) if name != "principle"} | principle
-             for shot in draw_shots(stage, id, count=how.shots if shots is None else shots)]
+             for shot in draw_shots(stage, id, count=0 if brief else how.shots if shots is None else shots)]
     examples = [(_tagged(how.given, shot), _tagged(how.asked, shot)) for shot in shown]
     question = _tagged(how.given, fields)
+    if brief:
+        return [{"role": "user", "content": question}] if chat else f"{question}\n\n<{how.asked[0]}>\n"
     return _turns(how, examples, question) if chat else _document(how, examples, question)
 
 
@@ -140,9 +145,9 @@ def draw_shots(stage: str, id: str, *, count: int) -> list[Shot]:
     return sorted(known, key=lambda shot: records.fingerprint(stage, id, shot.name))[:count]
 
 
-def draw_properties(id: str) -> dict[str, str]:
+def draw_properties(id: str, *, categories: Sequence[str] = CATEGORIES) -> dict[str, str]:
     """Draw the category and the difficulty of a record's instruction, to be kept as its fields."""
-    return {"category": pick(CATEGORIES, "category", id), "difficulty": pick(DIFFICULTIES, "difficulty", id)}
+    return {"category": pick(categories, "category", id), "difficulty": pick(DIFFICULTIES, "difficulty", id)}
 
 
 def properties(*, category: str, difficulty: str, concepts: Sequence[str]) -> str:
