@@ -46,11 +46,12 @@ CHARS_PER_TOKEN = 3  # of code, on the low side; where the endpoint does not cou
 class Unanswered(RuntimeError):
     """Some prompts have no answer, by id in `failures`; all others were yielded, and asking again asks for these."""
 
-    def __init__(self, failures: Mapping[str, str]):
+    def __init__(self, failures: Mapping[str, str], *, is_halted: bool = False):
         lines = [f"  {name}: {why}" for name, why in failures.items()]
         more = [f"  ... and {len(lines) - 100} more, in `failures`"] if len(lines) > 100 else []
         super().__init__("\n".join([f"{len(lines)} prompt(s) without an answer:", *lines[:100], *more]))
         self.failures = dict(failures)
+        self.is_halted = is_halted  # some were not even asked: the budget is spent, or nothing was answered any more
 
 
 class BadReply(RuntimeError):
@@ -136,7 +137,7 @@ class Endpoint:
         finally:
             log.say(f"{self.model}: {call.summary()}")
         if call.failures:
-            raise Unanswered(call.failures)
+            raise Unanswered(call.failures, is_halted=call.is_halted)
 
     def _check(self, prompts) -> None:
         wrong = [f"{name}: {count} prompts of this id" for name, count in Counter(name for name, _ in prompts).items()
@@ -178,7 +179,7 @@ class _Call:
 
     def __init__(self, endpoint: Endpoint, requests: Sequence[_Request], n: int, max_tokens: int, emit: Callable):
         self.endpoint, self.requests, self.n, self.max_tokens, self.emit = endpoint, requests, n, max_tokens, emit
-        self.failures, self.failures_in_a_row = {}, 0
+        self.failures, self.failures_in_a_row, self.is_halted = {}, 0, False
         self.counts, self.again, self.jobs_left, self.spent = Counter(), Counter(), {}, 0.0
 
     async def run(self) -> None:
@@ -232,6 +233,7 @@ class _Call:
         elif self.failures_in_a_row >= self.endpoint.give_up:
             why = f"{self.failures_in_a_row} requests failed in a row"
         if why:
+            self.is_halted = True
             self.failures.setdefault(request.name, f"not asked any more, {why}")
         return bool(why)
 

@@ -100,6 +100,18 @@ def replace(path: Path, content: str) -> None:
     os.replace(part, path)
 
 
+def once(book: Path, name: str, work: Callable[[], dict]) -> None:
+    """Do a stage unless the book says that it was done; write down what came in, went out and was dropped."""
+    done = json.loads(book.read_text()) if book.is_file() else {}
+    if name in done:
+        return
+    began = time.perf_counter()
+    did = work() | {"seconds": round(time.perf_counter() - began, 1)}
+    if jax.process_index() == 0:
+        write_json(book, done | {name: did})
+    say(f"{name}: " + ", ".join(f"{key} {value}" for key, value in did.items()))
+
+
 class Metrics:
     """metrics.jsonl and TensorBoard events of one training run, written by the first host.
 

@@ -6,6 +6,7 @@ The mesh is explicit and always set, on one device too, so that a CPU test runs 
 import os
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -57,3 +58,9 @@ def start_hosts() -> None:
     if os.environ.get("JAX_COORDINATOR_ADDRESS") or is_srun or is_tpu:
         said = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}  # jax reads the address alone
         jax.distributed.initialize(**{key: int(os.environ[name]) for key, name in said.items() if name in os.environ})
+
+
+def wait_for_hosts(what: str) -> None:
+    """Wait until all hosts are here: the first one has written what the others are going to read."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"align_jax: {what}")

@@ -47,6 +47,42 @@ class Seed:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Concepts:
+    """The concepts that a model named in a seed."""
+
+    id: str
+    seed_id: str
+    concepts: list
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A programming task that a model invented from its properties; the concepts are those of a seed."""
+
+    id: str
+    seed_id: str
+    category: str
+    difficulty: str
+    concepts: list
+    instruction: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Response:
+    """A sample that answers a task with code and tests, taken apart: what is shown, and what is run."""
+
+    id: str
+    task_id: str
+    prompt: Text  # as a trained model will be asked: the instruction alone
+    completion: str
+    finish: str
+    solution_text: str  # the completion without its tests
+    program: str
+    tests: list
+    dimension: str = ""  # under whose principle it was written
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Overlap:
     """A text that shares with a benchmark: `part` of which problem, by which measure, and the words it was seen in."""
 
@@ -112,6 +148,7 @@ class Judged:
     detail: str
     reward: float
     solution_text: str | None = None  # the completion without the tests that it wrote; None where it wrote none
+    dimension: str = ""  # under whose principle it was written
     scores: dict = dataclasses.field(default_factory=dict)  # dimension -> score, higher is better, None: no verdict
 
 

@@ -10,9 +10,8 @@ is kept in `stages.json`; a killed study continues with the stage that it was in
 """
 
 import json
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -48,7 +47,7 @@ def study(c: Mapping) -> Path:
             models[start, technique] = train_once(c, folder / start, technique, models[start, "sft"], book)
     for (start, stage), model in models.items():
         answer(c, folder / "answers" / f"{start}-{stage}.jsonl", model, c["starts"][start]["chat"], book)
-    once(book, "EvalPlus", lambda: score(c, folder, models))
+    log.once(book, "EvalPlus", lambda: score(c, folder, models))
     report = write_report(c, folder, models)
     seconds = sum(did["seconds"] for did in json.loads(book.read_text()).values())
     log.say(f"wrote {report} and {folder / 'table.md'}; its stages took {log.minutes(seconds)}")
@@ -104,10 +103,10 @@ def make_pairs(c: Mapping, folder: Path, start: str, settings: Mapping, book: Pa
         judged = records.read(folder / "judged.jsonl", records.Judged)
         return pairs.make(folder / f"pairs-{rule}.jsonl", judged, rule=rule, seed=c["seed"])
 
-    once(book, f"{start}: sample", sample)
-    once(book, f"{start}: execute", execute)
+    log.once(book, f"{start}: sample", sample)
+    log.once(book, f"{start}: execute", execute)
     for rule in sorted({recipe["rule"] for recipe in c["train"].values()}):
-        once(book, f"{start}: pairs, {rule}", lambda rule=rule: pair(rule))
+        log.once(book, f"{start}: pairs, {rule}", lambda rule=rule: pair(rule))
 
 
 def train_once(c: Mapping, folder: Path, stage: str, start: Path, book: Path) -> Path:
@@ -123,7 +122,7 @@ def train_once(c: Mapping, folder: Path, stage: str, start: Path, book: Path) ->
         return {"in": len(records.read(path, Pair)), "out": data["examples"], "dropped": data["dropped"],
                 "steps": last["step"], "tokens": int(last["num_tokens"])}
 
-    once(book, f"{folder.name}: {stage}", work)
+    log.once(book, f"{folder.name}: {stage}", work)
     return folder / stage / "hf"
 
 
@@ -134,7 +133,7 @@ def answer(c: Mapping, path: Path, model: Path, chat: bool, book: Path) -> None:
         return respond(c, path, model, problems, chat, stops=evalplus.stops(c["benchmark"]["name"], chat=chat),
                        n=1, temperature=0.0, **c["benchmark"]["sampling"])
 
-    once(book, f"answer {path.stem}", work)
+    log.once(book, f"answer {path.stem}", work)
 
 
 def respond(c: Mapping, path: Path, model: Path, problems: Sequence[Problem], chat: bool, *, batch_size: int,
@@ -188,17 +187,6 @@ def write_report(c: Mapping, folder: Path, models: Mapping) -> Path:
     log.say(tables.to_text(rows))
     log.say(tables.headline(rows))
     return folder / "report.html"
-
-
-def once(book: Path, name: str, work: Callable[[], dict]) -> None:
-    """Do a stage unless the book says that it was done; write down what came in, went out and was dropped."""
-    done = json.loads(book.read_text()) if book.is_file() else {}
-    if name in done:
-        return
-    began = time.perf_counter()
-    did = work() | {"seconds": round(time.perf_counter() - began, 1)}
-    log.write_json(book, done | {name: did})
-    log.say(f"{name}: " + ", ".join(f"{key} {value}" for key, value in did.items()))
 
 
 def main(c: Mapping) -> None:

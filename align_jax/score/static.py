@@ -18,6 +18,7 @@ tells the truth, or whether the program does what was asked: hence pairs whose s
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -53,6 +54,8 @@ def annotate(path: Path, judged: Iterable[Judged], dimensions: Sequence[str], *,
              chunk: int = 256) -> dict:
     """Write the records to `path` with a score for each dimension; a killed run continues behind its last chunk.
 
+    Without `dimensions` each record is scored on its own one.
+
     Returns what came in and went out, and how many got no verdict, by dimension. Records are never dropped.
 
     Raises:
@@ -71,9 +74,9 @@ def annotate(path: Path, judged: Iterable[Judged], dimensions: Sequence[str], *,
                 bar.update(len(batch))
         part.replace(path)
     found = records.read(path, Judged)
-    counts = {dimension: sum(r.scores.get(dimension) is None for r in found) for dimension in dimensions}
-    log.say(f"{path}: wrote {len(found)} answers with scores; dropped none, without a verdict {counts}")
-    return {"in": len(found), "out": len(found), "dropped": {}, "no verdict": counts}
+    counts = Counter(name for r in found for name, score in r.scores.items() if score is None)
+    log.say(f"{path}: wrote {len(found)} answers with scores; dropped none, without a verdict {dict(counts)}")
+    return {"in": len(found), "out": len(found), "dropped": {}, "no verdict": dict(counts)}
 
 
 def item(response: Judged) -> tuple[str, str]:
@@ -270,7 +273,9 @@ DEMANDS = [(re.compile(pattern, re.IGNORECASE), check) for pattern, check in (
 
 
 def _scored(batch: Sequence[Judged], dimensions: Sequence[str], judge: Judge) -> list[Judged]:
-    items = [item(response) for response in batch]
-    columns = [judge(dimension, items) for dimension in dimensions]
-    return [replace(response, scores=response.scores | dict(zip(dimensions, values, strict=True)))
-            for response, values in zip(batch, zip(*columns, strict=True), strict=True)]
+    scores = [dict(response.scores) for response in batch]
+    for dimension in dimensions or sorted({response.dimension for response in batch}):
+        asked = [k for k, response in enumerate(batch) if dimensions or response.dimension == dimension]
+        for k, value in zip(asked, judge(dimension, [item(batch[k]) for k in asked]), strict=True):
+            scores[k][dimension] = value
+    return [replace(response, scores=scored) for response, scored in zip(batch, scores, strict=True)]

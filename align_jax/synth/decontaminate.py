@@ -31,8 +31,6 @@ from pathlib import Path
 
 import numpy as np
 import rensa
-from absl import app, logging
-from ml_collections import config_flags
 
 from align_jax import log, records
 from align_jax.records import Overlap, Text
@@ -290,23 +288,18 @@ def _lost(row: tuple[int, dict]):
     raise RuntimeError(f"record {row[0]} killed the process that looked at it: {str(row[1])[:200]}")
 
 
-def main(argv) -> None:
+def main(c: Mapping) -> None:
     """Decontaminate a file of records as the config says; a killed run continues."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are --config.section.key=value")
-    logging.set_verbosity(logging.WARNING)
-    c = _CONFIG.value.to_dict()
     log.check_set(c)
-    path, files = Path(c.pop("path")), find_files(c["benchmarks"])
-    deciding = {key: c[key] for key in c if key not in ("run", "workers", "chunk")}
-    run = log.claim(c.pop("run"), deciding | {"input": records.fingerprint(path), "benchmarks": {
+    path, files = Path(c["path"]), find_files(c["benchmarks"])
+    deciding = {key: c[key] for key in c if key not in ("run", "path", "workers", "chunk")}
+    run = log.claim(c["run"], deciding | {"input": records.fingerprint(path), "benchmarks": {
         str(file): records.fingerprint(file) for file in files}})
-    embed = c.pop("embed")
-    counts = clean(run, path, embed=pkgutil.resolve_name(embed) if embed else None, **c)
+    embed = pkgutil.resolve_name(c["embed"]) if c["embed"] else None
+    counts = clean(run, path, embed=embed, **{key: c[key] for key in c if key not in ("run", "path", "embed")})
     log.say(f"{run / 'clean.jsonl'}: wrote {counts['out']['records']:,} of {counts['in']['records']:,} records; "
             f"dropped {stream.tell(counts['dropped'])}; compared with {', '.join(f.name for f in files)}")
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/decontaminate.py", lock_config=True)
-    app.run(main)
+    log.command(main)

@@ -1,7 +1,7 @@
 """The non-functional dimensions: what a model is told to heed, and how a judge rates what came of it.
 
-    for id, dimension in deal(ids).items():
-        fields = {"instruction": ..., "principle": principle(dimension, id)}     # to prompts.build("response", ...)
+    for row in deal(rows):
+        fields = {"instruction": ..., "principle": principle(row["dimension"], row["id"])}   # to prompts.build
     judge(dimension, instruction=..., response=...)                              # to an engine, and back through
     judgement(reply)                                                             # Judgement(rating=7.0, rationale=...)
 
@@ -13,10 +13,12 @@ judge gives its reasons before its rating and answers in JSON, on CODAL's scale 
 """
 
 import dataclasses
+import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from align_jax.sample import Completion, Engine
 from align_jax.synth import prompts
 from align_jax.text import Unusable
 
@@ -153,27 +155,50 @@ object and nothing else: {{"rationale": "two to four sentences", "rating": a num
 </answer>"""
 
 
-def deal(ids: Iterable[str], names: Sequence[str] = CODAL) -> dict[str, str]:
-    """Deal dimensions out to ids in turn: in every stretch of the stream their numbers differ by at most one."""
-    _check(*names)
-    return {id: names[index % len(names)] for index, id in enumerate(ids)}
+def deal(rows: Iterable[dict], names: Sequence[str] = CODAL) -> Iterator[dict]:
+    """Deal dimensions out to records in turn: in every stretch of the stream their numbers differ by at most one.
+
+    Without names the task is to be right, and the dimension "".
+    """
+    check(*names)
+    for row, name in zip(rows, itertools.cycle(names or ("",)), strict=False):
+        yield row | {"dimension": name}
 
 
 def principle(dimension: str, id: str) -> str:
     """Draw the paraphrase of a dimension's principle for a record."""
-    _check(dimension)
+    check(dimension)
     return prompts.pick(DIMENSIONS[dimension].principles, dimension, id)
 
 
 def judge(dimension: str, *, instruction: str, response: str, reference: str = "") -> list[dict]:
     """Build the messages that ask a judge to rate an answer, beside a reference answer if there is one."""
-    _check(dimension)
+    check(dimension)
     how = DIMENSIONS[dimension]
     if reference:
         reference = f"<reference>\n{reference}\n</reference>\n\n"
     return [{"role": "user", "content": _JUDGE.format(
         name=dimension.replace("_", " "), criterion=how.criterion, poor=how.poor, excellent=how.excellent,
         instruction=instruction, response=response, reference=reference)}]
+
+
+def rater(engine: Engine, *, seed: int = 0, max_tokens: int = 512) -> Callable:
+    """Make a judge of a model: (dimension, [(instruction, answer)]) -> ratings, None where it said none."""
+    def rate(dimension: str, items: Sequence[tuple[str, str]]) -> list[float | None]:
+        asked = [(str(k), judge(dimension, instruction=instruction, response=response))
+                 for k, (instruction, response) in enumerate(items)]
+        said = dict(engine.generate(asked, n=1, temperature=0.0, top_p=1.0, max_tokens=max_tokens, stops=(),
+                                    seed=seed))
+        return [_rating(said[name][0]) for name, _ in asked]
+
+    return rate
+
+
+def _rating(said: Completion) -> float | None:
+    try:
+        return judgement(said.text, finish=said.finish).rating
+    except Unusable:
+        return None
 
 
 def judgement(written: str, *, finish: str = "stop") -> Judgement:
@@ -209,6 +234,7 @@ def _objects(written: str) -> list[dict]:
     return found
 
 
-def _check(*names: str) -> None:
+def check(*names: str) -> None:
+    """Refuse dimensions that there are not."""
     if unknown := set(names) - DIMENSIONS.keys():
         raise ValueError(f"dimension: got {sorted(unknown)}, available are {[*DIMENSIONS]}")

@@ -22,7 +22,7 @@ both scores and the number of usable responses are kept in the pair's `made`.
 import itertools
 import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -33,7 +33,7 @@ from rapidfuzz.distance import Levenshtein
 
 from align_jax import log, records
 from align_jax.records import Judged, Pair
-from align_jax.synth import faults
+from align_jax.synth import faults, stream
 from align_jax.text import Unusable
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -46,7 +46,8 @@ class Settings:
 
     rule: str
     seed: int
-    by: str = "reward"
+    by: str = "reward"  # or a dimension, or "dimension": that under whose principle the responses were written
+    n: int | None = None  # responses that were asked for, where some did not come this far
     margin: float = 0.0  # in the unit of `by`
     min_usable: float = 1.0  # share of the n responses, for `best_worst`
     even: str = "passed"  # what `dimension` compares among: "passed", or equal "reward"
@@ -82,7 +83,7 @@ def make(path: Path, judged: Iterable[Judged], **settings) -> dict:
         for task_id, responses in by_task(judged):
             next(num_tasks)
             kept = usable(responses, s, unusable)
-            is_short = s.rule == "best_worst" and len(kept) < s.min_usable * len(responses)
+            is_short = s.rule == "best_worst" and len(kept) < s.min_usable * (s.n or len(responses))
             candidates = RULES[s.rule](kept, s, random.Random(f"{s.seed}/{task_id}"))
             found, reason = draw("fewer than n usable responses" if is_short else candidates, s)
             dropped[reason] += s.per_task - len(found)
@@ -95,6 +96,18 @@ def make(path: Path, judged: Iterable[Judged], **settings) -> dict:
               "responses left out": dict(unusable), **statistics(shapes)}
     log.say(f"{path}: wrote {count} pairs; " + ", ".join(f"{key} {value}" for key, value in report.items()))
     return report
+
+
+def balance(out: Path, path: Path, *, seed: int) -> dict:
+    """Write as many pairs of each dimension as the rarest has, drawn by their ids: the study's 12k of each of five."""
+    ids = defaultdict(list)
+    for row in stream.rows(path):
+        ids[row["made"]["dimension"]].append(row["id"])
+    least, total = min(map(len, ids.values()), default=0), sum(map(len, ids.values()))
+    kept = {id for found in ids.values()
+            for id in sorted(found, key=lambda id: records.fingerprint(seed, id))[:least]}
+    count = records.write(out, (row for row in stream.rows(path) if row["id"] in kept))
+    return {"in": total, "out": count, "dropped": {"the rarest dimension has fewer": total - count}}
 
 
 def by_task(judged: Iterable[Judged]) -> Iterator[tuple[str, list[Judged]]]:
@@ -127,7 +140,9 @@ def usable(responses: Sequence[Judged], s: Settings, left_out: Counter) -> list[
 
 def value(response: Judged, s: Settings) -> float | None:
     """What `by` says of a response."""
-    return response.reward if s.by == "reward" else response.scores.get(s.by)
+    if s.by == "reward":
+        return response.reward
+    return response.scores.get(response.dimension if s.by == "dimension" else s.by)
 
 
 # --- the rules: usable responses -> candidates, the best first, or why there are none
@@ -215,7 +230,8 @@ def pair(name: str, sides: Sides, s: Settings, *, n: int) -> Pair:
                          "score": float(value(side, s)), "detail": side.detail} for side in sides)
     why = s.by if rejected["status"] == "passed" else rejected["status"]
     return Pair(id=name, prompt=sides[0].prompt, chosen=faults.target(sides[0]), rejected=faults.target(sides[1]),
-                made={"rule": s.rule, "by": s.by, "why": why, "n": n, "chosen": chosen, "rejected": rejected})
+                made={"rule": s.rule, "by": s.by, "dimension": sides[0].dimension, "why": why, "n": n,
+                      "chosen": chosen, "rejected": rejected})
 
 
 def statistics(shapes: Sequence[tuple[float, float]]) -> dict:

@@ -24,9 +24,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, logging
-from ml_collections import config_flags
-
 from align_jax import log, records
 from align_jax.records import Overlap, Seed
 from align_jax.synth import decontaminate, filters, near, stream, typecheck
@@ -196,23 +193,24 @@ def _dataset(path: str, source: Mapping):
                          f"that can be reached: {error}") from error
 
 
-def main(argv) -> None:
-    """Gather seeds as the config says; a killed run continues."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are --config.section.key=value")
-    logging.set_verbosity(logging.WARNING)
-    c = _CONFIG.value.to_dict()
-    log.check_set(c)
+def claim(c: Mapping) -> Path:
+    """Make or take up the folder of a config's seeds."""
     files = decontaminate.find_files(c["benchmarks"])
     deciding = {key: c[key] for key in c if key not in ("run", "workers", "chunk")}
-    run = log.claim(c.pop("run"), deciding | {"benchmarks": {str(f): records.fingerprint(f) for f in files}})
-    judge = c.pop("judge")
-    counts = gather(run, c.pop("source"), judge=pkgutil.resolve_name(judge) if judge else None, **c)
+    return log.claim(c["run"], deciding | {"benchmarks": {str(f): records.fingerprint(f) for f in files}})
+
+
+def main(c: Mapping) -> dict:
+    """Gather seeds as a config says, unless that was done; return the counts."""
+    log.check_set(c)
+    run = claim(c)
+    judge = pkgutil.resolve_name(c["judge"]) if c["judge"] else None
+    counts = gather(run, **{key: c[key] for key in c if key not in ("run", "judge")}, judge=judge)
     log.say(f"{run / 'seeds.jsonl'}: wrote {counts['out']['seeds']:,} seeds of {counts['in']['functions']:,} functions "
             f"in {counts['in']['documents']:,} documents; dropped {stream.tell(counts['dropped'])}; "
             f"unread {stream.tell(counts['unread'])}")
+    return {"in": counts["in"]["functions"], "out": counts["out"]["seeds"], "dropped": dict(counts["dropped"])}
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/seeds.py", lock_config=True)
-    app.run(main)
+    log.command(main)

@@ -93,6 +93,9 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+RUNNERS = {"local": ordered}
+
+
 class Journal:
     """The files of a stage that grow together, and what was counted so far.
 
@@ -100,12 +103,12 @@ class Journal:
     kill, files are cut back to that length: `done` items are in them, each once.
     """
 
-    def __init__(self, path: Path, files: Iterable[Path]):
-        self.path = path
+    def __init__(self, path: Path, files: Iterable[Path], *, is_writer: bool = True):
+        self.path, self._is_writer = path, is_writer  # one of several hosts writes, all count
         state = json.loads(path.read_text()) if path.is_file() else {"done": 0, "counts": {}, "bytes": {}}
         self.done: int = state["done"]
         self.counts = counts(path) if path.is_file() else {}
-        self._files = {file: _reopen(file, state["bytes"].get(file.name, 0)) for file in files}
+        self._files = {file: _reopen(file, state["bytes"].get(file.name, 0)) for file in files if is_writer}
 
     def __enter__(self):
         return self
@@ -116,12 +119,14 @@ class Journal:
 
     def commit(self, new: Mapping[Path, Iterable], *, done: int, counts: Mapping[str, Counter]) -> None:
         """Append rows to their files, add to what is done and counted, and make it last."""
-        for path, rows in new.items():
-            self._files[path].writelines(records.line(row).encode() for row in rows)
-            self._files[path].flush()
         self.done += done
         for name, count in counts.items():
             self.counts[name] = self.counts.get(name, Counter()) + count
+        if not self._is_writer:
+            return
+        for path, rows in new.items():
+            self._files[path].writelines(records.line(row).encode() for row in rows)
+            self._files[path].flush()
         log.write_json(self.path, {"done": self.done, "counts": self.counts,
                                    "bytes": {path.name: file.tell() for path, file in self._files.items()}})
 

@@ -1,30 +1,109 @@
-"""Samples to verdicts: every program runs against its problem's tests, in the sandbox."""
+"""Responses to verdicts: every program runs against its tests, in the sandbox.
+
+    python -m align_jax.synth.pipeline --config=configs/synth.py --config.run=FOLDER --config.start=CHECKPOINT
+
+Tests are those that came with a response (`execute`), or those of a benchmark's problem (`verify`). Identical programs
+with identical tests run once in a chunk. A chunk is judged on its own, so that it can be judged anywhere; of several
+hosts, each takes its share of the chunks, and the first one puts them together.
+"""
 
 import ast
-from collections.abc import Mapping, Sequence
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from align_jax import log, records, sandbox, text
+import jax
+
+from align_jax import log, mesh, records, sandbox, text
 from align_jax.records import Judged, Problem, Sample
+from align_jax.synth import stream
+
+KEPT = ("id", "task_id", "prompt", "completion", "finish", "solution_text", "dimension")  # of a response
+
+
+def execute(out: Path, responses: Iterable[dict], *, backend: str = "auto", workers: int = 1, runner: str = "local",
+            chunk: int = 256, total: int | None = None, **limits) -> dict:
+    """Run every response's program against its own tests; write a verdict for each, in order; return the counts.
+
+    A killed run continues behind its last chunk, on as many hosts as before.
+    """
+    host, hosts = jax.process_index(), jax.process_count()
+    names = [f"{out.stem}-{k}-of-{hosts}" for k in range(hosts)]
+    if not out.is_file():
+        part, mine = out.with_name(f"{names[host]}.jsonl"), _share(responses, chunk, host, hosts)
+        work = functools.partial(judge, backend=sandbox.backend(backend), limits=sandbox.Limits(**limits))
+        with stream.Journal(out.with_name(f"{names[host]}.json"), [part]) as journal:
+            left = stream.chunks(itertools.islice(mine, journal.done, None), chunk)
+            with log.progress(what="execute", unit="program", total=total, done=journal.done) as bar:
+                for judged in stream.RUNNERS[runner](work, left, workers=workers, lost=_lost):
+                    counts = {"verdicts": Counter(j.status for j in judged)}
+                    journal.commit({part: judged}, done=len(judged), counts=counts)
+                    bar.update(len(judged))
+        mesh.wait_for_hosts("executed")
+        if host == 0:
+            records.write(out, _joined([out.with_name(f"{name}.jsonl") for name in names], chunk))
+        mesh.wait_for_hosts("joined")
+    verdicts = sum((stream.counts(out.with_name(f"{name}.json"))["verdicts"] for name in names), Counter())
+    return {"in": verdicts.total(), "out": verdicts.total(), "dropped": {}, "verdicts": dict(verdicts.most_common())}
+
+
+def judge(responses: Sequence[Mapping], *, backend: str, limits: sandbox.Limits) -> list[Judged]:
+    """Judge responses by their own tests. Pure but for the machine's load, so any engine maps it."""
+    jobs = [(row["program"], tuple(row["tests"])) for row in responses]
+    verdict_of = run_distinct(jobs, backend=backend, limits=limits, workers=1)
+    return [_judged({name: row[name] for name in KEPT}, verdict_of[job])
+            for row, job in zip(responses, jobs, strict=True)]
 
 
 def verify(path: Path, samples: Sequence[Sample], problems: Mapping[str, Problem], *, backend: str = "auto",
            workers: int | None = None, **limits) -> list[Judged]:
-    """Run every sample, identical programs once, and write what became of each to `path`."""
+    """Run every sample against the tests of its problem, and write what became of each to `path`."""
     if path.is_file():
         return records.read(path, Judged)
     tests = {task_id: asserts(problem) for task_id, problem in problems.items()}
     jobs = [(f"{program(s)}\ncandidate = {problems[s.task_id].entry_point}\n", tests[s.task_id]) for s in samples]
-    distinct = list(dict.fromkeys(jobs))
-    with log.progress(total=len(distinct), what=f"execute {path.parent.name}", unit="program") as bar:
-        verdicts = sandbox.run_many(distinct, limits=sandbox.Limits(**limits), backend=backend, workers=workers,
-                                    on_done=lambda verdict: bar.update(1))
-    verdict_of = dict(zip(distinct, verdicts, strict=True))
-    judged = [Judged(id=s.id, task_id=s.task_id, prompt=s.prompt, completion=s.completion, finish=s.finish,
-                     status=verdict_of[job].status, detail=verdict_of[job].detail, reward=verdict_of[job].reward)
+    with log.progress(total=len(set(jobs)), what=f"execute {path.parent.name}", unit="program") as bar:
+        verdict_of = run_distinct(jobs, backend=backend, limits=sandbox.Limits(**limits), workers=workers,
+                                  on_done=lambda verdict: bar.update(1))
+    judged = [_judged({name: getattr(s, name) for name in KEPT if hasattr(s, name)}, verdict_of[job])
               for s, job in zip(samples, jobs, strict=True)]
     records.write(path, judged)
     return judged
+
+
+def run_distinct(jobs: Iterable[tuple[str, tuple[str, ...]]], **how) -> dict[tuple, sandbox.Verdict]:
+    """Run (program, tests) jobs, identical ones once; return the verdict of each."""
+    distinct = list(dict.fromkeys(jobs))
+    return dict(zip(distinct, sandbox.run_many(distinct, **how), strict=True))
+
+
+def _share(rows: Iterable[dict], chunk: int, host: int, hosts: int) -> Iterator[dict]:
+    """The rows of a host: those of every hosts-th chunk."""
+    for number, rows_of_one in enumerate(stream.chunks(rows, chunk)):
+        if number % hosts == host:
+            yield from rows_of_one
+
+
+def _joined(parts: Sequence[Path], chunk: int) -> Iterator[dict]:
+    """The rows of all hosts in the order that `_share` found them in."""
+    for rows in itertools.cycle([stream.rows(part) for part in parts]):
+        found = list(itertools.islice(rows, chunk))
+        yield from found
+        if len(found) < chunk:
+            return
+
+
+def _judged(fields: Mapping, verdict: sandbox.Verdict) -> Judged:
+    return Judged(**fields, status=verdict.status, detail=verdict.detail, reward=verdict.reward)
+
+
+def _lost(row: Mapping) -> list[Judged]:
+    """The verdict on a response whose program ended the process that ran it, twice: no fault of its own."""
+    verdict = sandbox.Verdict(status="sandbox", detail="the process that judged it was killed", stdout="", stderr="",
+                              seconds=0.0, reward=0.0)
+    return [_judged({name: row[name] for name in KEPT}, verdict)]
 
 
 def program(sample: Sample) -> str:

@@ -1,0 +1,67 @@
+"""Seeds to tasks: a model names the concepts in a function, and invents a task that needs them.
+
+    python -m align_jax.synth.pipeline --config=configs/synth.py --config.run=FOLDER --config.start=CHECKPOINT
+
+Stages S->C and C->I of SelfCodeAlign (arXiv:2410.24198, section 2). The properties of a task are drawn by its record's
+id and kept as fields. Deviation: tasks are compared with the benchmarks and with each other here (Jaccard index of word
+5-grams, 0.7 as there at the end), before a single response to them is paid for.
+"""
+
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from align_jax.records import Concepts, Sample, Task
+from align_jax.sample import Engine
+from align_jax.synth import answers, decontaminate, near, prompts, stream, write
+from align_jax.synth.write import Asking, Choose
+
+IN_A_BENCHMARK, NEAR = "in a benchmark", "near-duplicate"  # why a task is not kept
+
+
+def concepts(out: Path, seeds: Path, engine: Engine, asking: Asking, *, count: int | None = None) -> dict:
+    """Write the concepts that a model sees in each of the first `count` seeds; return the counts."""
+    def parse(seed: Mapping, written: Sample) -> Concepts:
+        return Concepts(id=written.id, seed_id=seed["id"],
+                        concepts=answers.concepts(written.completion, finish=written.finish))
+
+    return write.stage(out, itertools.islice(stream.rows(seeds), count), engine, name="concepts",
+                       fields=lambda seed: {"seed": seed["code"]}, parse=parse, asking=asking)
+
+
+def tasks(out: Path, named: Path, engine: Engine, asking: Asking, *, categories: Sequence[str],
+          words: tuple[int, int], near_duplicate: float, benchmarks: Sequence[str]) -> dict:
+    """Write tasks that need the concepts of a seed, none of them like another or like a benchmark's."""
+    draw = functools.partial(prompts.draw_properties, categories=categories)
+
+    def fields(row: Mapping) -> dict[str, str]:
+        return {"properties": prompts.properties(concepts=row["concepts"], **draw(row["id"]))}
+
+    def parse(row: Mapping, written: Sample) -> Task:
+        found = answers.instruction(written.completion, finish=written.finish, words=words)
+        return Task(id=written.id, seed_id=row["seed_id"], concepts=row["concepts"], instruction=found,
+                    **draw(row["id"]))
+
+    counts = write.stage(out, stream.rows(named), engine, name="instruction", fields=fields, parse=parse, asking=asking,
+                         chooser=functools.partial(new, near_duplicate=near_duplicate, benchmarks=tuple(benchmarks)))
+    checked = sum(counts["dropped"].get(reason, 0) for reason in (IN_A_BENCHMARK, NEAR)) + counts["out"]
+    decontaminate.report(out.parent, decontaminate.index(tuple(benchmarks)), checked=checked)
+    return counts
+
+
+def new(kept: Iterator[Mapping], *, near_duplicate: float, benchmarks: tuple[str, ...]) -> Choose:
+    """Make the choice of tasks that share nothing with a benchmark and are near to none that was kept."""
+    index, seen = decontaminate.index(benchmarks), near.seen(near_duplicate)
+    for row in kept:
+        seen.add(row["id"], near.digest(row["instruction"]))
+
+    def choose(found: list[Task]):
+        overlaps = {task.id: decontaminate.find(index, task.id, task.instruction) for task in found}
+        own = [task for task in found if not overlaps[task.id]]
+        fresh = [task for task in own if seen.add(task.id, near.digest(task.instruction))]
+        dropped = Counter({IN_A_BENCHMARK: len(found) - len(own), NEAR: len(own) - len(fresh)})
+        return fresh, dropped, [overlap for shared in overlaps.values() for overlap in shared]
+
+    return choose

@@ -1,0 +1,214 @@
+"""The factory, from seeds to pairs: every stage reads its left neighbours' files, and is done once.
+
+    python -m align_jax.synth.pipeline --config=configs/synth.py --config.run=FOLDER --config.start=CHECKPOINT
+
+    seeds -> concepts -> tasks -> responses -> verdicts [-> drafts -> rewrites -> rewritten] [-> scores] -> pairs
+
+A stage has a folder in the run folder, bound to its settings and to the content of what it reads: with other ones it is
+refused there, and after a kill it goes on. FOLDER/pairs-RULE/pairs.jsonl is what training takes; FOLDER/stages.json
+says of every stage what came in, went out and was dropped, by reason.
+"""
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+
+from align_jax import engine as engines
+from align_jax import log, mesh, records, sandbox, text
+from align_jax.records import Judged
+from align_jax.sample import Engine
+from align_jax.score import static
+from align_jax.synth import decontaminate, dimensions, instruct, pairs, respond, seeds, stream, verify
+from align_jax.synth.write import Asking
+
+FREE = ("asking.shard", "asking.unanswered", "sandbox.workers", "sandbox.runner", "sandbox.chunk")  # change no record
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's config and its engine, which is loaded when a stage first asks for it."""
+
+    c: Mapping
+    engine: Callable[[], Engine]
+
+    def asking(self, section: str) -> Asking:
+        """How the model is asked in the stage of a section."""
+        own = {key: self.c[section][key] for key in ("shots", "n", "temperature", "top_p", "max_tokens")}
+        return Asking(**self.c["asking"], **own, seed=self.c["seed"])
+
+
+def make(c: Mapping, *, book: Path | None = None, label: str = "") -> None:
+    """Run the stages that a config names, and count them in the book under their names behind the label.
+
+    Raises:
+      ValueError: settings that cannot work, all of them, before anything is done.
+    """
+    check(c)
+    kind, folder = c["engine"]["kind"], Path(c["run"])
+    settings, benchmarks = c["engine"][kind], decontaminate.find_files(c["seeds"]["benchmarks"])
+    known = c | {"model": engines.identity(kind, c["start"], **settings),
+                 "benchmarks": {str(path): records.fingerprint(path) for path in benchmarks}}
+    run = Run(c, functools.cache(lambda: engines.make(kind, c["start"], **settings)))
+    with jax.set_mesh(mesh.make(**c["mesh"])):
+        for name, reads in wanted(c).items():
+            work, sections = STAGES[name.split("-")[0]]
+            out, sources = file(c, name), [file(c, read) for read in reads]
+            inputs = {read: records.fingerprint(source) for read, source in zip(reads, sources, strict=True)}
+            if name == "seeds":
+                seeds.claim(c["seeds"] | {"run": out.parent})
+            else:
+                log.claim(folder / name, {key: known[key] for key in sections} | {"reads": inputs}, free=FREE)
+            log.once(book or folder / "stages.json", label + name, functools.partial(work, run, out, *sources))
+
+
+def file(c: Mapping, name: str) -> Path:
+    """The records of a stage; several runs may share their seeds."""
+    folder = Path(c["run"]) / name
+    return Path(c["seeds"]["run"] or folder if name == "seeds" else folder) / f"{name.split('-')[0]}.jsonl"
+
+
+def plan(c: Mapping) -> dict[str, tuple[str, ...]]:
+    """The stages that lead to a config's pairs, in order, and what each reads."""
+    two_passes, is_scored = bool(c["rewrite"]["dimensions"]), c["pairs"]["by"] != "reward"
+    stages = {"seeds": (), "concepts": ("seeds",), "tasks": ("concepts",), "responses": ("tasks",),
+              "verdicts": ("responses",)}
+    if two_passes:
+        stages |= {"drafts": ("responses", "verdicts"), "rewrites": ("drafts",), "rewritten": ("drafts", "rewrites")}
+    if is_scored:
+        stages |= {"scores": ([*stages][-1],)}
+    return stages | dict.fromkeys((f"pairs-{rule}" for rule in c["pairs"]["rules"]), ([*stages][-1],))
+
+
+def wanted(c: Mapping) -> dict[str, tuple[str, ...]]:
+    """The stages of the plan that a config names."""
+    names = None if c["stages"] == "all" else c["stages"].split(",")
+    return {name: reads for name, reads in plan(c).items() if names is None or name in names}
+
+
+def check(c: Mapping) -> None:
+    """Refuse at the start what would fail at the end."""
+    names = () if c["stages"] == "all" else c["stages"].split(",")
+    wrong = [f"stages: got {name!r}, available are {[*plan(c)]}" for name in names if name not in plan(c)]
+    tries = [lambda: respond.check(c["response"]["prompt"]), lambda: sandbox.backend(c["sandbox"]["backend"]),
+             lambda: _check_chat(c), *(functools.partial(pair_settings, c, rule) for rule in c["pairs"]["rules"]),
+             lambda: dimensions.check(*c["dimensions"], *c["rewrite"]["dimensions"]),
+             *(functools.partial(Run(c, None).asking, name) for name in ("concepts", "instruction", "response",
+                                                                         "rewrite"))]
+    for attempt in tries:
+        try:
+            attempt()
+        except ValueError as error:
+            wrong.append(str(error))
+    if c["pairs"]["by"] == "dimension" and not (c["dimensions"] or c["rewrite"]["dimensions"]):
+        wrong.append("pairs.by: got 'dimension', but neither dimensions nor rewrite.dimensions names one")
+    if c["judge"]["kind"] not in JUDGES:
+        wrong.append(f"judge.kind: got {c['judge']['kind']!r}, available are {[*JUDGES]}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def pair_settings(c: Mapping, rule: str) -> dict:
+    """How pairs of a rule are made; of rewrites, a task has as many as its draft passed for."""
+    settings = {key: value for key, value in c["pairs"].items() if key != "rules"}
+    settings |= {"rule": rule, "seed": c["seed"], "n": None if c["rewrite"]["dimensions"] else c["response"]["n"]}
+    pairs.Settings(**settings)
+    return settings
+
+
+def _check_chat(c: Mapping) -> None:
+    if c["engine"]["kind"] == "local" and c["asking"]["chat"] and text.load(c["start"]).chat_template is None:
+        raise ValueError(f"asking.chat: {c['start']} has no chat template")
+
+
+# --- the work of the stages: (run, file to write, files to read) -> counts
+
+
+def _seeds(run: Run, out: Path) -> dict:
+    return seeds.main(run.c["seeds"] | {"run": str(out.parent)})
+
+
+def _concepts(run: Run, out: Path, seeds: Path) -> dict:
+    return instruct.concepts(out, seeds, run.engine(), run.asking("concepts"), count=run.c["concepts"]["count"])
+
+
+def _tasks(run: Run, out: Path, concepts: Path) -> dict:
+    own = {key: run.c["instruction"][key] for key in ("categories", "words", "near_duplicate")}
+    return instruct.tasks(out, concepts, run.engine(), run.asking("instruction"), **own,
+                          benchmarks=run.c["seeds"]["benchmarks"])
+
+
+def _responses(run: Run, out: Path, tasks: Path) -> dict:
+    return respond.respond(out, tasks, run.engine(), run.asking("response"), prompt=run.c["response"]["prompt"],
+                           names=run.c["dimensions"])
+
+
+def _verdicts(run: Run, out: Path, responses: Path) -> dict:
+    return verify.execute(out, stream.rows(responses), **run.c["sandbox"])
+
+
+def _drafts(run: Run, out: Path, responses: Path, verdicts: Path) -> dict:
+    return respond.drafts(out, responses, verdicts, names=run.c["rewrite"]["dimensions"], seed=run.c["seed"])
+
+
+def _rewrites(run: Run, out: Path, drafts: Path) -> dict:
+    return respond.rewrite(out, drafts, run.engine(), run.asking("rewrite"))
+
+
+def _rewritten(run: Run, out: Path, drafts: Path, rewrites: Path) -> dict:
+    return verify.execute(out, respond.side_by_side(drafts, rewrites), **run.c["sandbox"])
+
+
+def _scores(run: Run, out: Path, judged: Path) -> dict:
+    return static.annotate(out, _judged(judged), (), judge=JUDGES[run.c["judge"]["kind"]](run.c["judge"]))
+
+
+def _pairs(run: Run, out: Path, judged: Path) -> dict:
+    """Make pairs, drop those that share with a benchmark, and keep as many of each dimension."""
+    made_by_rule, how = out.with_name("by_rule.jsonl"), run.c["seeds"]
+    settings = pair_settings(run.c, out.parent.name.removeprefix("pairs-"))
+    made = pairs.make(made_by_rule, _judged(judged), **settings)
+    clean = decontaminate.clean(out.parent, made_by_rule, fields=("prompt", "chosen", "rejected"),
+                                benchmarks=how["benchmarks"], workers=how["workers"])
+    even = pairs.balance(out, out.with_name("clean.jsonl"), seed=run.c["seed"])
+    dropped = Counter(made["dropped"]) + clean["dropped"] + Counter(even["dropped"])
+    return made | {"out": even["out"], "dropped": dict(dropped.most_common())}
+
+
+def _judged(path: Path) -> Iterator[Judged]:
+    return (Judged(**row) for row in stream.rows(path))
+
+
+def _rater(how: Mapping) -> Callable:
+    kind = how["engine"]["kind"]
+    return dimensions.rater(engines.make(kind, how["start"], **how["engine"][kind]))
+
+
+JUDGES = {"static": lambda how: static.judge, "engine": _rater}
+
+STAGES = {  # the work, and what decides what it writes
+    "seeds": (_seeds, ()),
+    "concepts": (_concepts, ("model", "asking", "concepts", "seed")),
+    "tasks": (_tasks, ("model", "asking", "instruction", "benchmarks", "seed")),
+    "responses": (_responses, ("model", "asking", "response", "dimensions", "seed")),
+    "verdicts": (_verdicts, ("sandbox",)),
+    "drafts": (_drafts, ("rewrite", "seed")),
+    "rewrites": (_rewrites, ("model", "asking", "rewrite", "seed")),
+    "rewritten": (_rewritten, ("sandbox",)),
+    "scores": (_scores, ("judge",)),
+    "pairs": (_pairs, ("pairs", "benchmarks", "seed")),
+}
+
+
+def main(c: Mapping) -> None:
+    mesh.start_hosts()
+    log.check_set(c)
+    make(c)
+    log.say(f"{c['run']}: wrote {', '.join(wanted(c))}; stages.json counts what every stage dropped, by reason")
+
+
+if __name__ == "__main__":
+    log.command(main)

@@ -1,0 +1,133 @@
+"""What every stage has in common in which a model writes: prompts out, answers parsed, kept or dropped by reason.
+
+    seeds -> concepts -> tasks -> responses [-> rewrites]
+
+A stage goes through its input by shards. A shard's answers are on disk before any of them is parsed (`sample.to_file`),
+its records are appended to the output at once (`stream.Journal`), and nothing of it stays in memory; so a stage of any
+length needs the memory of one shard, and one that was killed goes on behind the last answer it got. Several hosts that
+run one model go through this together: each has all answers, the first one writes.
+"""
+
+import dataclasses
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from align_jax import engine as engines
+from align_jax import log, mesh, sample
+from align_jax.records import Overlap, Sample, Text
+from align_jax.sample import Engine
+from align_jax.synth import prompts, stream
+from align_jax.text import Unusable
+
+UNANSWERED = ("stop", "drop")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How a model is asked in one stage."""
+
+    chat: bool
+    brief: bool  # no task, no worked examples: for a model that was trained on the stages
+    shots: int  # worked examples
+    n: int  # answers to each prompt
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
+    shard: int  # prompts a shard
+    unanswered: str  # what to do about a prompt that an endpoint never answers: "stop", or "drop" and count it
+
+    def __post_init__(self):
+        wrong = [f"{name}: got {getattr(self, name)}, expected 1 or more" for name in ("n", "shard")
+                 if getattr(self, name) < 1]
+        if self.unanswered not in UNANSWERED:
+            wrong.append(f"unanswered: got {self.unanswered!r}, expected one of {UNANSWERED}")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+
+
+Row = dict  # a record as it stands on disk
+# The records of a shard -> those to keep, why not the others, and what these share with benchmarks.
+Choose = Callable[[list[Any]], tuple[list[Any], Counter, list[Overlap]]]
+
+
+def stage(out: Path, source: Iterable[Row], engine: Engine, *, name: str, fields: Callable[[Row], dict[str, str]],
+          parse: Callable[[Row, Sample], Any], asking: Asking,
+          chooser: Callable[[Iterator[Row]], Choose] | None = None, total: int | None = None) -> dict:
+    """Ask the stage `name` of every row, and write what `parse` makes of each answer to `out`.
+
+    `fields` gives what `prompts.build` shows; `parse` returns a record or raises `Unusable`. A stage that looks at its
+    records together has a `chooser`, which is given what a killed run had kept. Returns the counts, and of them
+    in x n = out + sum of dropped.
+    """
+    part, overlaps = out.with_name(f"{out.stem}.partial.jsonl"), out.with_name("contamination.jsonl")
+    if out.is_file():
+        return told(stream.counts(out.with_name("progress.json")))
+    is_writer = jax.process_index() == 0
+    files = [part, overlaps] if chooser else [part]
+    with stream.Journal(out.with_name("progress.json"), files, is_writer=is_writer) as journal:
+        mesh.wait_for_hosts("open")
+        choose = chooser(stream.rows(part)) if chooser else None
+        rows = itertools.islice(source, journal.done, None)
+        with log.progress(what=out.stem, unit="record", total=total, done=journal.done) as bar:
+            for shard in stream.chunks(rows, asking.shard):
+                answers = out.with_name(f"answers-{journal.done}.jsonl")
+                found, dropped = _shard(answers, shard, engine, name, fields, parse, asking)
+                new, refused = {part: found}, Counter()
+                if choose:
+                    new[part], refused, new[overlaps] = choose(found)
+                counts = {"in": Counter(records=len(shard)), "out": Counter(records=len(new[part])),
+                          "dropped": dropped + refused}
+                journal.commit(new, done=len(shard), counts=counts)
+                mesh.wait_for_hosts("committed")
+                if is_writer:
+                    answers.unlink()
+                bar.update(len(shard))
+    if is_writer:
+        for stale in out.parent.glob("answers-*"):  # of a shard that was committed just before a kill
+            stale.unlink()
+        os.replace(part, out)
+    mesh.wait_for_hosts("done")
+    return told(journal.counts)
+
+
+def _shard(answers: Path, shard: Sequence[Row], engine: Engine, name: str, fields, parse,
+           asking: Asking) -> tuple[list, Counter]:
+    by_id = {row["id"]: row for row in shard}
+    asked = {id: prompts.build(name, id, fields(row), chat=asking.chat, shots=asking.shots, brief=asking.brief)
+             for id, row in by_id.items()}
+    samples = _answers(answers, engine, name, asked, asking)
+    found, dropped = [], Counter()
+    dropped["unanswered"] = asking.n * len(shard) - len(samples)
+    for written in samples:
+        try:
+            found.append(parse(by_id[written.task_id], written))
+        except Unusable as error:
+            dropped[error.reason] += 1
+    return found, +dropped
+
+
+def _answers(path: Path, engine: Engine, name: str, asked: dict[str, Text], asking: Asking) -> list[Sample]:
+    stops = prompts.stops(name, shots=0 if asking.brief else asking.shots)
+    settings = {"n": asking.n, "temperature": asking.temperature, "top_p": asking.top_p, "seed": asking.seed,
+                "max_tokens": asking.max_tokens, "stops": stops}
+    try:
+        return sample.to_file(path, engine, asked, **settings)
+    except engines.Unanswered as error:
+        if asking.unanswered == "stop" or error.is_halted:
+            raise
+        left = {id: prompt for id, prompt in asked.items() if id not in error.failures}
+        return sample.to_file(path, engine, left, **settings)
+
+
+def told(counts: dict[str, Counter]) -> dict:
+    """What a journal counted, as a stage reports it."""
+    return {"in": counts.get("in", {}).get("records", 0), "out": counts.get("out", {}).get("records", 0),
+            "dropped": dict(counts.get("dropped", Counter()).most_common())}
+
