@@ -2,8 +2,9 @@
 
     python -m align_jax.study --config=configs/quickstart.py
 
-For each start: sample answers -> run them -> pairs -> SFT -> DPO and BoNBoN; then every model answers the
-benchmark, one EvalPlus run scores all of them, and the report compares each with its own start.
+For each start: pairs of the model's own making -> SFT -> DPO and BoNBoN; then every model answers the benchmark,
+one EvalPlus run scores all of them, and the report compares each with its own start. Pairs come from the factory
+(`synth.pipeline`), where the model also invents the tasks and tests, or from problems that have tests.
 The answers in the pairs are the start model's, as in the study, while the reference of DPO and BoNBoN is the model
 after SFT: for BoNBoN, whose beta*_n assumes one model for both, that is an approximation. What a stage did
 is kept in `stages.json`; a killed study continues with the stage that it was in.
@@ -21,7 +22,7 @@ from align_jax.records import Pair, Problem, Sample, Score
 from align_jax.report import page, tables
 from align_jax.sample import to_file
 from align_jax.score import evalplus
-from align_jax.synth import pairs, verify
+from align_jax.synth import pairs, pipeline, verify
 from align_jax.train import check as check_recipe
 from align_jax.train import train
 
@@ -34,14 +35,15 @@ def study(c: Mapping) -> Path:
     check(c)
     c["starts"] = {start: c["starts"][start] for start in tables.STARTS if start in c["starts"]}  # the table's order
     c["benchmark"]["path"] = str(evalplus.locate(c["benchmark"]["name"], c["benchmark"]["path"]))
-    inputs = {path: records.fingerprint(Path(path)) for path in (c["pairs"]["problems"], c["benchmark"]["path"])}
+    read = [c["benchmark"]["path"]] + [c["pairs"]["problems"]["path"]] * (c["pairs"]["source"] == "problems")
+    inputs = {path: records.fingerprint(Path(path)) for path in read}
     inputs |= {start: hf.fingerprint(settings["model"]) for start, settings in c["starts"].items()}
     folder = log.claim(c["run"], c | {"inputs": inputs}, free=FREE)
     book = folder / "stages.json"
     models = {}  # (start, stage) -> checkpoint folder
     for start, settings in c["starts"].items():
         models[start, "base"] = Path(settings["model"])
-        make_pairs(c, folder / start, start, settings, book)
+        SOURCES[c["pairs"]["source"]](c, folder / start, start, settings, book)
         models[start, "sft"] = train_once(c, folder / start, "sft", models[start, "base"], book)
         for technique in c["techniques"]:
             models[start, technique] = train_once(c, folder / start, technique, models[start, "sft"], book)
@@ -57,7 +59,10 @@ def study(c: Mapping) -> Path:
 def check(c: Mapping) -> None:
     """Refuse at the start what would fail at the end."""
     sandbox.backend(c["sandbox"]["backend"])
-    n, wrong = c["pairs"]["sampling"]["n"], []
+    source, wrong = c["pairs"]["source"], []
+    if source not in SOURCES:
+        raise ValueError(f"study: pairs.source: got {source!r}, available are {sorted(SOURCES)}")
+    n = c["pairs"]["synth"]["response"]["n"] if source == "synth" else c["pairs"]["problems"]["sampling"]["n"]
     if jax.process_count() > 1:
         wrong.append("a study runs on one host; train and sample run on several")
     wrong += [f"starts.{start}: expected {' or '.join(tables.STARTS)}"
@@ -66,7 +71,7 @@ def check(c: Mapping) -> None:
     wrong += [f"techniques: got {name!r}, with a recipe and a name in the table are {known}"
               for name in ("sft", *c["techniques"]) if name not in known]
     wrong += [f"train.{stage}.objective.n: got {recipe['objective']['n']}, but best and worst are of {n} samples, "
-              "pairs.sampling.n" for stage, recipe in c["train"].items() if recipe["objective"].get("n", n) != n]
+              f"pairs.{source}" for stage, recipe in c["train"].items() if recipe["objective"].get("n", n) != n]
     wrong += [f"train.{stage}.rule: got {recipe['rule']!r}, available are {sorted(pairs.RULES)}"
               for stage, recipe in c["train"].items() if recipe["rule"] not in pairs.RULES]
     for stage, recipe in c["train"].items():
@@ -78,20 +83,46 @@ def check(c: Mapping) -> None:
         hf.config(settings["model"])
         if settings["chat"] and text.load(settings["model"]).chat_template is None:
             wrong.append(f"starts.{start}.chat: {settings['model']} has no chat template")
+        if source == "synth":
+            try:
+                pipeline.check(factory(c, Path(c["run"]) / start, settings))
+            except ValueError as error:
+                wrong.append(f"pairs.synth: {error}")
     if wrong:
         raise ValueError("study: " + "; ".join(wrong))
 
 
-def make_pairs(c: Mapping, folder: Path, start: str, settings: Mapping, book: Path) -> None:
-    """The start model answers the preference problems, its programs run, verdicts become pairs."""
-    chat, problems = settings["chat"], records.read(c["pairs"]["problems"], Problem)[:c["pairs"]["count"]]
+def rules(c: Mapping) -> list[str]:
+    """The rules by which the recipes want pairs made."""
+    return sorted({recipe["rule"] for recipe in c["train"].values()})
+
+
+def factory(c: Mapping, folder: Path, settings: Mapping) -> dict:
+    """The factory's config for a start model; all of them share their seeds."""
+    own = c["pairs"]["synth"]
+    local = own["engine"]["local"] | {"dtype": c["sampling_dtype"]}
+    return own | {"run": str(folder), "start": settings["model"], "seed": c["seed"], "mesh": c["mesh"],
+                  "seeds": own["seeds"] | {"run": str(folder.parent / "seeds")},
+                  "engine": own["engine"] | {"kind": "local", "local": local},
+                  "asking": own["asking"] | {"chat": settings["chat"]}, "sandbox": own["sandbox"] | c["sandbox"],
+                  "pairs": own["pairs"] | {"rules": rules(c)}}
+
+
+def synth_pairs(c: Mapping, folder: Path, start: str, settings: Mapping, book: Path) -> None:
+    """The start model invents tasks, answers them with tests of its own, and its programs run."""
+    pipeline.make(factory(c, folder, settings), book=book, label=f"{start}: ")
+
+
+def problem_pairs(c: Mapping, folder: Path, start: str, settings: Mapping, book: Path) -> None:
+    """The start model answers problems that have tests, and its programs run."""
+    own, chat = c["pairs"]["problems"], settings["chat"]
+    problems = records.read(own["path"], Problem)[:own["count"]]
     by_id = {problem.task_id: problem for problem in problems}
 
     def sample() -> dict:
         # A base model has to be stopped; a chat model ends its answer, and the pair should show it.
         stops = [] if chat else evalplus.stops("humaneval", chat=False)
-        return respond(c, folder / "samples.jsonl", settings["model"], problems, chat, stops=stops,
-                       **c["pairs"]["sampling"])
+        return respond(c, folder / "samples.jsonl", settings["model"], problems, chat, stops=stops, **own["sampling"])
 
     def execute() -> dict:
         samples = records.read(folder / "samples.jsonl", Sample)
@@ -101,18 +132,21 @@ def make_pairs(c: Mapping, folder: Path, start: str, settings: Mapping, book: Pa
 
     def pair(rule: str) -> dict:
         judged = records.read(folder / "judged.jsonl", records.Judged)
-        return pairs.make(folder / f"pairs-{rule}.jsonl", judged, rule=rule, seed=c["seed"])
+        return pairs.make(folder / f"pairs-{rule}" / "pairs.jsonl", judged, rule=rule, seed=c["seed"])
 
     log.once(book, f"{start}: sample", sample)
     log.once(book, f"{start}: execute", execute)
-    for rule in sorted({recipe["rule"] for recipe in c["train"].values()}):
+    for rule in rules(c):
         log.once(book, f"{start}: pairs, {rule}", lambda rule=rule: pair(rule))
+
+
+SOURCES = {"synth": synth_pairs, "problems": problem_pairs}  # of pairs
 
 
 def train_once(c: Mapping, folder: Path, stage: str, start: Path, book: Path) -> Path:
     """Train one stage from `start`; return its checkpoint."""
     settings = dict(c["train"][stage])
-    path = folder / f"pairs-{settings.pop('rule')}.jsonl"
+    path = folder / f"pairs-{settings.pop('rule')}" / "pairs.jsonl"
     recipe = settings | {"run": str(folder / stage), "start": str(start), "seed": c["seed"], "mesh": c["mesh"]}
     recipe["data"] = settings["data"] | {"path": str(path)}
 

@@ -10,6 +10,8 @@ from importlib import resources
 
 from ml_collections import ConfigDict
 
+from configs import synth
+
 
 def get_config(arg: str = "") -> ConfigDict:
     """`:smoke` shrinks everything, for a look at the machinery in about two minutes."""
@@ -33,9 +35,10 @@ def get_config(arg: str = "") -> ConfigDict:
         },
         "techniques": ("dpo", "bonbon"),
         "pairs": {
-            "problems": str(pocket / "PocketPref.jsonl.gz"),
-            "count": 32 if small else 640,
-            "sampling": {"n": 8, "temperature": 0.8, "top_p": 1.0, "max_tokens": 128, "batch_size": 512},
+            "source": "synth",  # or "problems", such as PocketPref's, which come with tests
+            "synth": factory(small),
+            "problems": {"path": str(pocket / "PocketPref.jsonl.gz"), "count": 32 if small else 640,
+                         "sampling": {"n": 8, "temperature": 0.8, "top_p": 1.0, "max_tokens": 128, "batch_size": 512}},
         },
         "sandbox": {"backend": "auto", "wall_s": 2.0, "cpu_s": 2.0, "memory_mb": 256},
         "train": {
@@ -61,4 +64,14 @@ def get_config(arg: str = "") -> ConfigDict:
         "sampling_dtype": "float32",
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
     })
+    return c
+
+
+def factory(small: bool) -> ConfigDict:
+    """The factory for models that were trained on its stages, so that they need no examples."""
+    c = synth.get_config("smoke")
+    c.concepts.count = 24 if small else 10_000
+    c.instruction.n = 2
+    c.response.n = 8
+    c.pairs.min_usable = 0.75
     return c

@@ -12,9 +12,9 @@ LEVELS = {
     4: {"report"},
     5: {"study"},
 }
-# Imports inside a level. The command of sample takes any engine, and the local engine is sample's.
+# Imports inside a level. The command of sample takes any engine, and the local engine is sample's; the factory scores.
 WITHIN = {("text", "records"), ("hf", "hf_config"), ("sample", "hf"), ("engine", "hf"), ("engine", "sample"),
-          ("sample", "engine")}
+          ("sample", "engine"), ("synth", "score")}
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 
 

@@ -88,7 +88,8 @@ def config(checkpoint, tmp_path_factory):
         c = quickstart("smoke")
         c.update_from_flattened_dict({
             "run": str(run), "starts.pretrained.model": str(checkpoint), "starts.instruct.model": str(checkpoint),
-            "pairs.problems": str(folder / "pref.jsonl"), "pairs.count": 6, "pairs.sampling.max_tokens": 8,
+            "pairs.source": "problems", "pairs.problems.path": str(folder / "pref.jsonl"),
+            "pairs.problems.count": 6, "pairs.problems.sampling.max_tokens": 8,
             "benchmark.path": str(folder / "four.jsonl"), "benchmark.name": "Four",
             "benchmark.sampling.max_tokens": 8, "sandbox.wall_s": 20.0, "sandbox.cpu_s": 20.0,
             "evalplus.min_time_limit": 5.0})
@@ -132,7 +133,7 @@ def test_every_stage_is_in_the_book_and_adds_up(unbroken):
         for rule in ("pass_fail", "best_worst"):
             made = book[f"{start}: pairs, {rule}"]
             assert made["in"] == 6 == made["out"] + sum(made["dropped"].values())
-            assert made["out"] == len(records.read(unbroken / start / f"pairs-{rule}.jsonl", Pair)) > 0
+            assert made["out"] == len(records.read(unbroken / start / f"pairs-{rule}" / "pairs.jsonl", Pair)) > 0
         for stage in TECHNIQUES:
             did = book[f"{start}: {stage}"]
             assert did["in"] == did["out"] + sum(did["dropped"].values())
@@ -146,8 +147,8 @@ def test_each_model_starts_where_it_should(unbroken, checkpoint):
         came = {stage: json.loads((unbroken / start / stage / "config.json").read_text()) for stage in TECHNIQUES}
         assert came["sft"]["start"] == str(checkpoint)
         assert came["dpo"]["start"] == came["bonbon"]["start"] == str(unbroken / start / "sft" / "hf")
-        assert [Path(c["data"]["path"]).name for c in came.values()] == [
-            "pairs-pass_fail.jsonl", "pairs-pass_fail.jsonl", "pairs-best_worst.jsonl"]
+        assert [Path(c["data"]["path"]).parent.name for c in came.values()] == [
+            "pairs-pass_fail", "pairs-pass_fail", "pairs-best_worst"]
         heads = [safetensors.numpy.load_file(folder / "model.safetensors")["lm_head.weight"] for folder in
                  (checkpoint, *(unbroken / start / stage / "hf" for stage in came))]
         assert not any(np.array_equal(a, b) for i, a in enumerate(heads) for b in heads[:i])
@@ -183,7 +184,7 @@ class Killed(BaseException):
 
 def test_killed_in_every_stage_it_ends_as_if_never_killed(config, unbroken, tmp_path, monkeypatch):
     """Each stage is killed once, with its work done and not yet written down."""
-    killed, once = [], study.once
+    killed, once = [], log.once
 
     def once_and_die(book: Path, name: str, work) -> None:
         if name not in killed and not (book.is_file() and name in json.loads(book.read_text())):
@@ -192,14 +193,14 @@ def test_killed_in_every_stage_it_ends_as_if_never_killed(config, unbroken, tmp_
             raise Killed
         once(book, name, work)
 
-    monkeypatch.setattr(study, "once", once_and_die)
+    monkeypatch.setattr(log, "once", once_and_die)
     while len(killed) < len(stages(unbroken)):
         with pytest.raises(Killed):
             study.study(config(tmp_path / "run"))
     study.study(config(tmp_path / "run"))
     assert killed == list(stages(unbroken))
     assert stages(tmp_path / "run") == stages(unbroken)
-    for name in ("scores.jsonl", "programs.jsonl", "table.md", "table.csv", "pretrained/pairs-pass_fail.jsonl"):
+    for name in ("scores.jsonl", "programs.jsonl", "table.md", "table.csv", "pretrained/pairs-pass_fail/pairs.jsonl"):
         assert (tmp_path / "run" / name).read_bytes() == (unbroken / name).read_bytes(), name
 
 
@@ -218,7 +219,7 @@ def test_a_finished_study_only_writes_its_report_again(config, unbroken, monkeyp
 
 
 def test_what_would_fail_at_the_end_is_refused_at_the_start(config, checkpoint, tmp_path):
-    c = config(tmp_path / "run", pairs__sampling__n=4, techniques=("dpo", "ipo")).to_dict()
+    c = config(tmp_path / "run", pairs__problems__sampling__n=4, techniques=("dpo", "ipo")).to_dict()
     c["starts"] = {"instruct": {"model": str(TINY), "chat": True}, "distilled": {"model": str(TINY), "chat": False}}
     del c["train"]["sft"]
     with pytest.raises(ValueError) as refused:
@@ -246,7 +247,7 @@ def test_another_recipe_problem_or_weight_under_the_same_name_is_another_study(c
     with pytest.raises(ValueError, match=r"another config.*\n  seed: this run 1, in the folder 0"):
         study.study(config(unbroken, seed=1))
     c = config(unbroken)
-    for path in map(Path, (c.pairs.problems, c.benchmark.path, c.starts.instruct.model + "/model.safetensors")):
+    for path in map(Path, (c.pairs.problems.path, c.benchmark.path, c.starts.instruct.model + "/model.safetensors")):
         was = path.read_bytes()
         path.write_bytes(was[:-2] + b" " + was[-2:] if path.suffix == ".jsonl" else was[:-1] + bytes([was[-1] ^ 1]))
         try:
@@ -292,7 +293,7 @@ def test_the_quickstart_config_fits_the_functions_that_take_it(arg):
     c = quickstart(arg).to_dict()
     assert set(c["starts"]) <= tables.STARTS.keys() and {"sft", *c["techniques"]} <= tables.STAGES.keys()
     fits(sandbox.Limits, **{key: value for key, value in c["sandbox"].items() if key != "backend"})
-    fits(sample.sample, None, None, stops=(), seed=0, **c["pairs"]["sampling"])
+    fits(sample.sample, None, None, stops=(), seed=0, **c["pairs"]["problems"]["sampling"])
     fits(sample.sample, None, None, n=1, temperature=0.0, stops=(), seed=0, **c["benchmark"]["sampling"])
     fits(evalplus.score, {}, "", "", path="", wrap=(), **c["evalplus"])
     fits(mesh.make, **c["mesh"])
@@ -302,7 +303,7 @@ def test_the_quickstart_config_fits_the_functions_that_take_it(arg):
         assert recipe["rule"] in study.pairs.RULES and Compute(**recipe["compute"])
         wanted = train.KINDS[recipe["data"]["kind"]][0]
         assert wanted is Pair and objective(**recipe["objective"])
-    assert Path(c["pairs"]["problems"]).is_file() and Path(c["benchmark"]["path"]).is_file()
+    assert Path(c["pairs"]["problems"]["path"]).is_file() and Path(c["benchmark"]["path"]).is_file()
     assert quickstart("").run != quickstart("smoke").run
 
 
