@@ -267,10 +267,9 @@ class _Call:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise BadReply("no JSON") from error
         written = _read(reply, is_chat=kind == "messages")
-        usage = reply.usage or openai.types.CompletionUsage(
-            prompt_tokens=request.size, total_tokens=0,
-            completion_tokens=sum(len(text) // CHARS_PER_TOKEN + 1 for text, _ in written))
-        return written, usage.prompt_tokens, usage.completion_tokens
+        used = [getattr(reply.usage, f"{what}_tokens", None) for what in ("prompt", "completion")]
+        guess = request.size, sum(len(text) // CHARS_PER_TOKEN + 1 for text, _ in written)
+        return written, *(n if isinstance(n, int) else guess[i] for i, n in enumerate(used))
 
     def summary(self) -> str:
         """Say what was asked and what it cost."""
@@ -324,16 +323,17 @@ def _read(reply, *, is_chat: bool) -> list[tuple[str, str]]:
       Refused: it ended in a way that is no answer, such as a call of a tool.
     """
     try:
-        found = [(choice.message.content if is_chat else choice.text, choice.finish_reason)
+        found = [((choice.message.content if is_chat else choice.text) or "", choice.finish_reason)
                  for choice in reply.choices]
     except (AttributeError, TypeError) as error:
         raise BadReply(f"no choices in {str(reply)[:200]!r}") from error
-    if not found:
-        raise BadReply("no choices at all")
-    other = {finish for _, finish in found} - set(FINISHES)
+    if not found or not all(isinstance(text, str) for text, _ in found):
+        raise BadReply(f"no text in {str(reply)[:200]!r}")
+    other = sorted({str(finish) for _, finish in found if finish not in FINISHES})
     if other:
-        raise Refused(f"finish_reason: got {sorted(map(str, other))}, expected one of {FINISHES}")
-    return [(text or "", finish) for text, finish in found]
+        raise Refused(f"finish_reason: got {other}, expected one of {FINISHES}")
+    # JSON can spell half a surrogate pair, an emoji that max_tokens cut through: no file and no tokenizer takes it.
+    return [(text.encode("utf-8", "replace").decode(), finish) for text, finish in found]
 
 
 def _may_pass(error: BaseException) -> bool:

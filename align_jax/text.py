@@ -49,7 +49,8 @@ def load(folder: str | Path):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # each tokenizer class fails in its own way on a file that is absent or broken
-        raise ValueError(f"{folder}: no tokenizer that transformers can load ({str(error).splitlines()[0]})") from error
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"{folder}: no tokenizer that transformers can load ({why})") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer in {folder} has no EOS token: completions could not be ended")
     return tokenizer

@@ -36,7 +36,7 @@ def train(c: Mapping, *, params=None) -> Path:
     c = json.loads(json.dumps(c if isinstance(c, dict) else c.to_dict()))
     log.check_set(c)
     check(c)
-    hf.config(c["start"])
+    cfg = hf.config(c["start"])
     R, goal, compute = c["data"]["rows_per_batch"], objective(**c["objective"]), Compute(**c["compute"])
     inputs = {"weights": hf.fingerprint(c["start"]), "data": records.fingerprint(Path(c["data"]["path"]))}
     run = log.claim(c["run"], c | {"inputs": inputs}, free=FREE)
@@ -53,9 +53,11 @@ def train(c: Mapping, *, params=None) -> Path:
         if not encoded:
             raise ValueError(f"{c['data']['path']}: no example is left to train on, dropped {dict(dropped)}; at most "
                              f"data.row_length={c['data']['row_length']} tokens an example, both sides of a pair")
+        longest = max(len(completion) for example in encoded for completion in example.completions)
+        if longest > cfg.max_length:
+            raise ValueError(f"data.row_length: an example has {longest} tokens, {c['start']} has {cfg.max_length} "
+                             "positions; expected row_length (of pairs: twice as much) to be no more")
         rows = data.Rows(encoded, row_length=c["data"]["row_length"], rows_per_batch=R, seed=c["seed"])
-        if jax.process_index() == 0:
-            log.write_json(run / "data.json", {"examples": len(encoded), "dropped": dict(dropped)})
         if rows.C != goal.completions:
             raise ValueError(f"objective {c['objective']['name']!r} needs {goal.completions} completion(s) an example"
                              f", data.kind {c['data']['kind']!r} gives {rows.C}")
@@ -64,12 +66,11 @@ def train(c: Mapping, *, params=None) -> Path:
                                 host=jax.process_index(), num_hosts=jax.process_count())
 
         # -- weights and optimiser ---------------------------------------------------------------------------
-        cfg, params = (hf.config(c["start"]), params) if params is not None else hf.load(c["start"], dtype="float32")
-        longest = max(len(completion) for example in encoded for completion in example.completions)
-        if longest > cfg.max_length:
-            raise ValueError(f"data.row_length: an example has {longest} tokens, {c['start']} has {cfg.max_length} "
-                             "positions; expected row_length (of pairs: twice as much) to be no more")
+        if params is None:
+            _, params = hf.load(c["start"], dtype="float32")
         tx = optim.adamw(steps=steps, **c["optim"])
+        if jax.process_index() == 0:  # behind every check: a run folder with a second file is a run that was begun
+            log.write_json(run / "data.json", {"examples": len(encoded), "dropped": dict(dropped)})
         if goal.completions == 2:
             settings = [c["data"] | {"path": ""}, c["compute"]]
             bound_to = inputs | {"tokenizer": text.fingerprint(tokenizer), "settings": settings}

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sqlite3
@@ -91,6 +92,12 @@ def prompt_of(body: dict) -> str:
     return body["prompt"] if "prompt" in body else body["messages"][0]["content"]
 
 
+def changed(reply: bytes, **fields) -> bytes:
+    """A reply whose choices have other fields."""
+    reply = json.loads(reply)
+    return json.dumps(reply | {"choices": [choice | fields for choice in reply["choices"]]}).encode()
+
+
 def hang_up(handler, content: bytes = b"", length: int = 0):
     if content:
         handler.send(200, content, length=length)
@@ -126,11 +133,18 @@ FAULTS = {
     "list": lambda handler, body: handler.send(200, b'[1, 2]'),
     "empty": lambda handler, body: handler.send(200, b"{}"),
     "odd choices": lambda handler, body: handler.send(200, b'{"choices": ["a", "b"]}'),
+    "odd text": lambda handler, body: handler.send(200, changed(handler.answer(body), text=["a"], message={
+        "content": {"a": 1}})),
+    "odd end": lambda handler, body: handler.send(200, changed(handler.answer(body), finish_reason=["stop"])),
+    "half a character": lambda handler, body: handler.send(200, handler.answer(body, text="smile \ud83d")),
+    "odd usage": lambda handler, body: handler.send(200, json.dumps(
+        json.loads(handler.answer(body)) | {"usage": {"prompt_tokens": None}}).encode()),
     "reset": lambda handler, body: hang_up(handler),
     "cut": lambda handler, body: hang_up(handler, handler.answer(body)[:60], 600),
     "hang": lambda handler, body: handler.server.over.wait(20),
 }
-PASSING = ["429", "500", "503", "none", "html", "half", "no utf-8", "list", "empty", "odd choices", "reset", "cut"]
+PASSING = ["429", "500", "503", "none", "html", "half", "no utf-8", "list", "empty", "odd choices", "odd text", "reset",
+           "cut"]
 
 
 @contextlib.contextmanager
@@ -172,8 +186,17 @@ def check_whole(found: list, prompts: list, n: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def transformers_serve(tmp_path_factory):
-    """`transformers serve` with pocket-instruct, in fp32 as our sampler below."""
+def eager(tmp_path_factory) -> Path:
+    """pocket-instruct with a template that begins every answer, which else may be over after a word."""
+    folder = shutil.copytree(INSTRUCT, tmp_path_factory.mktemp("eager") / "model")
+    with (folder / "chat_template.jinja").open("a") as template:
+        template.write("{% if add_generation_prompt %}```python\ndef {% endif %}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def transformers_serve(eager, tmp_path_factory):
+    """`transformers serve`, in fp32 as our sampler below."""
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
     with socket.socket() as free:
@@ -182,7 +205,7 @@ def transformers_serve(tmp_path_factory):
     log = tmp_path_factory.mktemp("serve") / "log"
     with log.open("w") as out:
         process = subprocess.Popen(
-            [Path(sys.executable).with_name("transformers"), "serve", INSTRUCT, "--device", "cpu", "--dtype", "float32",
+            [Path(sys.executable).with_name("transformers"), "serve", eager, "--device", "cpu", "--dtype", "float32",
              "--host", "127.0.0.1", "--port", str(port)], stdout=out, stderr=out,
             env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
@@ -205,14 +228,14 @@ def is_up(url: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
-def test_greedy_answers_of_transformers_serve_are_the_samplers_token_for_token(chat, transformers_serve, one_device,
-                                                                              tmp_path):
-    problems = evalplus.problems("PocketEval", ROOT / "align_jax" / "pocket" / "PocketEval.jsonl.gz")[:12]
+def test_greedy_answers_of_transformers_serve_are_the_samplers_token_for_token(chat, eager, transformers_serve,
+                                                                              one_device, tmp_path):
+    problems = evalplus.problems("PocketEval", ROOT / "align_jax" / "pocket" / "PocketEval.jsonl.gz")[:8]
     prompts = [(p.task_id, evalplus.prompt(p, chat=chat)) for p in problems]
     prompts = [(name, prompt[:1] if chat else prompt) for name, prompt in prompts]
     settings = ASK | {"temperature": 0.0, "max_tokens": 32}
-    local = engine.make("local", INSTRUCT, dtype="float32", batch_size=12)
-    remote = engine.make("endpoint", str(INSTRUCT), base_url=transformers_serve, cache=tmp_path / "c", concurrency=4)
+    local = engine.make("local", eager, dtype="float32", batch_size=8)
+    remote = engine.make("endpoint", str(eager), base_url=transformers_serve, cache=tmp_path / "c", concurrency=4)
     ours, theirs = dict(local.generate(prompts, **settings)), dict(remote.generate(prompts, **settings))
     for name, _ in prompts:
         (mine,), (their,) = ours[name], theirs[name]
@@ -281,19 +304,19 @@ def test_fewer_and_more_choices_than_asked_for(endpoint):
 
 
 def test_what_fails_for_good_is_named_at_the_end_and_all_else_is_kept(endpoint, tmp_path):
-    bad = {"prompt p3": "400", "prompt p11": "tool", "prompt p17": "500"}
+    bad = {"prompt p3": "400", "prompt p11": "tool", "prompt p17": "500", "prompt p19": "odd end"}
     with serving(lambda body, times: bad.get(prompt_of(body), "answer")) as server:
         found, who = [], endpoint(server, attempts=3)
-        with pytest.raises(engine.Unanswered, match=r"3 prompt\(s\) without an answer") as caught:
+        with pytest.raises(engine.Unanswered, match=r"4 prompt\(s\) without an answer") as caught:
             found.extend(who.generate(named(20), **ASK))
-        assert caught.value.failures.keys() == {"p3", "p11", "p17"}
+        assert caught.value.failures.keys() == {"p3", "p11", "p17", "p19"}
         for name, why in (("p3", "status 400"), ("p11", "tool_calls"), ("p17", "status 500")):
             assert f"  {name}: " in str(caught.value) and why in caught.value.failures[name]
         check_whole(found, [p for p in named(20) if p[0] not in caught.value.failures], 1)
         assert (server.times["prompt p3"], server.times["prompt p11"], server.times["prompt p17"]) == (1, 1, 3)
         bad.clear()
         check_whole(list(who.generate(named(20), **ASK)), named(20), 1)
-        assert sum(server.times.values()) == 17 + 5 + 3
+        assert sum(server.times.values()) == 16 + 6 + 4
 
 
 @pytest.mark.parametrize("fault", ["401", "quota"])
@@ -411,6 +434,13 @@ def test_the_budget_stops_asking_over_runs_and_a_higher_one_goes_on(endpoint, ca
         assert len(server.bodies) == 20
 
 
+def test_an_endpoint_that_does_not_count_tokens_is_estimated(endpoint, tmp_path):
+    with serving("odd usage") as server:
+        list(endpoint(server, price_in=1e6).generate(named(1), **ASK))
+    with sqlite3.connect(tmp_path / "replies.sqlite") as db:  # "prompt p0" and "prompt p0#0" at 3 characters a token
+        assert db.execute("SELECT tokens_in, tokens_out, cost FROM spent").fetchone() == (4, 4, 4.0)
+
+
 @pytest.mark.parametrize("limit", [{"requests_per_minute": 600}, {"tokens_per_minute": 600 * (4 + 16)}], ids=str)
 def test_rate_limits_hold_for_every_request(limit, endpoint):
     """Ten requests a second, each of ceil(10 / 3) + 16 tokens; what is asked again waits as well."""
@@ -455,6 +485,8 @@ def test_how_an_answer_ended(endpoint):
     for fault, finish in (("answer", "stop"), ("length", "length"), ("filter", "content_filter")):
         with serving(fault) as server:
             assert dict(endpoint(server).generate(named(1), **ASK))["p0"][0].finish == finish
+    with serving("half a character") as server:
+        assert dict(endpoint(server).generate(named(1, "h"), **ASK))["h0"][0].text == "smile ?"
     with serving("code") as server:
         stops = ("none", "more", "than", "four", "\nassert", "pass\n\nassert")
         got = dict(endpoint(server).generate(named(1, "q"), **ASK | {"stops": stops}))["q0"]

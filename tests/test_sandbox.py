@@ -251,6 +251,12 @@ def test_replacing_os_functions_and_atexit_is_no_pass(backend):
     assert run(backend, program, "assert 1 == 2").status == "assertion"
 
 
+def test_a_forked_child_that_runs_on_says_nothing(backend):
+    program = "import os\nif os.fork():\n    os.wait()\nx = os.getpid()"
+    verdict = run(backend, program, "assert x == __import__('os').getpid()", "if os.fork():\n    os.wait()\nassert x")
+    assert (verdict.status, verdict.reward) == ("passed", 1.0), verdict
+
+
 def test_an_exception_that_cannot_be_printed(backend):
     program = """
     class Evil(Exception):

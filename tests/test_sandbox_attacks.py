@@ -259,6 +259,14 @@ def test_forged_success_is_no_pass(backend, name, tests):
     assert verdict.status not in ("passed", "sandbox") and verdict.reward == 0.0, verdict
 
 
+def test_whoever_answers_in_the_place_of_a_test_is_found_out_every_time(backend):
+    """A thread that speaks first is followed by the test itself: a race, so often enough to be lost once."""
+    program = FIND + FORGERIES["says passed from a thread"] + "\ndef f(x): return 0"
+    job = program, ["for _ in [0]:\n    assert f(1) == 4242"]
+    verdicts = sandbox.run_many([job] * 20, limits=sandbox.Limits(wall_s=30), backend=backend)
+    assert {(verdict.status, verdict.reward) for verdict in verdicts} == {("tampered", 0.0)}
+
+
 @pytest.mark.parametrize("name", IN_A_TEST)
 def test_success_forged_in_a_test_is_no_pass(backend, name):
     program = FIND + f"def f(x):\n    {IN_A_TEST[name]}\n    return 0"

@@ -187,6 +187,16 @@ def test_an_answer_without_a_program_has_no_score(dimension, answer):
     assert scores(dimension, answer, instruction="Write a function `f`.") == [None]
 
 
+@pytest.mark.parametrize("answer, failing", [
+    ("def f(x):\n    return " + "-" * 900 + "x\n", {"complexity", "compliance"}),  # too deep for a recursive walk
+    ("# coding: nonesuch\ndef f(x):\n    return x\n", {"security"}),  # bandit reads bytes
+])
+def test_what_a_tool_fails_on_has_no_score_and_takes_none_from_its_neighbours(answer, failing):
+    for dimension in DIMENSIONS:
+        of_odd, of_other = scores(dimension, answer, CODE, instruction="Write a function `f`.")
+        assert of_other is not None and (of_odd is None) is (dimension in failing), dimension
+
+
 @pytest.mark.parametrize("dimension, loud, silent", [
     ("style", "def f(a):\n    return a == None\n", "# ruff: noqa\ndef f(a):\n    return a == None  # noqa\n"),
     ("security", "def f(a):\n    return eval(a)\n", "def f(a):\n    return eval(a)  # nosec\n"),

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -313,9 +314,13 @@ def test_fingerprint_covers_vocabulary_template_and_eos():
     assert len(set(prints)) == 4
 
 
-def test_loading_says_what_is_wrong(tmp_path):
+def test_loading_says_what_is_wrong(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no such folder .*expected a Hugging Face checkpoint folder"):
         text.load(tmp_path / "none")
+    for said, shown in [("first\nsecond", "first"), ("", "")]:
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=rf"no tokenizer .*load \({shown}\)$"):
+            patch.setattr(transformers.AutoTokenizer, "from_pretrained", Mock(side_effect=OSError(said)))
+            text.load(tmp_path)
     make("gpt2", eos_token=None, pad_token=None).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no EOS token"):
         text.load(tmp_path)

@@ -224,8 +224,12 @@ def test_a_reference_that_is_not_of_these_weights_stops_the_run(unbroken, tmp_pa
     made = json.loads((unbroken[0] / "reference.json").read_text())
     made["logps"] = {name: [chosen + 0.5, rejected] for name, (chosen, rejected) in made["logps"].items()}
     log.write_json(run / "reference.json", made)
-    with pytest.raises(ValueError, match=r"step 1: .* differ by 0\.\d+ nats .*reference\.json is not of"):
+    says = r"step 1: .* differ by (.*) nats a root of tokens .*reference\.json is not of"
+    with pytest.raises(ValueError, match=says) as error:
         train.train(same_on_eight(run))
+    encoded, _ = train.load_data(text.load(TINY), path=GOLDEN / "pairs.jsonl", kind="pairs", row_length=256)
+    possible = [0.5 / math.sqrt(len(example.completions[0].completion)) for example in encoded]
+    assert any(float(re.search(says, str(error.value))[1]) == pytest.approx(gap, rel=5e-3) for gap in possible)
     assert not (run / "hf").exists()
 
 
@@ -273,6 +277,19 @@ def test_a_correction_of_what_failed_at_once_is_no_other_run(tmp_path):
     log.claim(tmp_path, {"optim": {"lr": 1.0}})
     log.claim(tmp_path, {"optim": {"lr": 0.1}})
     assert json.loads((tmp_path / "config.json").read_text()) == {"optim": {"lr": 0.1}}
+
+
+def test_a_setting_that_fails_a_check_may_be_corrected_in_the_same_folder(tmp_path):
+    start = shutil.copytree(TINY, tmp_path / "start")
+    raw = json.loads((start / "config.json").read_text())
+    log.write_json(start / "config.json", raw | {"max_position_embeddings": 100})
+    for wrong, problem in [
+        ({"data__kind": "chosen"}, "needs 2 completion"),
+        ({"data__row_length": 256}, "data.row_length: an example has 125 tokens, .* has 100 positions"),
+        ({"mesh__data": 1, "mesh__fsdp": 1, "mesh__tensor": 8}, "cannot be loaded"),
+    ]:
+        with pytest.raises(ValueError, match=problem):  # and not that the folder holds another run
+            train.train(smoke("dpo", tmp_path / "run", **{"start": str(start), "data__row_length": 100} | wrong))
 
 
 def test_the_folder_of_another_run_is_refused_by_key(unbroken):

@@ -3,8 +3,9 @@
 Everything is text with two kinds of holes. `$name` is a name or, in capitals, a constant; `«a|b|c»` is
 a choice. In English all choices mean the same. In code the first choice is right and every other one is
 a slip people make, so a buggy program is a right one with a single hole filled wrongly (or, by an author
-with a habit, with all holes of one kind). Blocks of the tables below compose: a source of items, a filter, a map, a consumer and a test of its result; or
-a whole program and a test of its result; or a condition that decides between two maps.
+with a habit, with all holes of one kind). Blocks of the tables below compose: a source of items, a filter,
+a map, a consumer and a test of its result; or a whole program and a test of its result; or a condition that
+decides between two maps.
 
     python tools/pocket_problems.py --seed 0 --show 20
 """

@@ -1,12 +1,15 @@
 # Sourced by launch/quickstart.sh and tools/test.sh: make .venv once, install align_jax with the extras in $EXTRAS.
 # An environment that is already active is used instead. PYTHON names the interpreter (3.11 or later).
 if [ -z "${VIRTUAL_ENV:-}" ]; then
-  "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "align_jax needs Python 3.11 or later; set PYTHON=/path/to/python" >&2; exit 1; }
+  python="${PYTHON:-python3}"
+  "$python" -c 'import sys
+if sys.version_info < (3, 11):
+    sys.exit("align_jax needs Python 3.11 or later, not " + sys.version.split()[0] + "; set PYTHON=/path/to/python")
+' || exit 1
   if [ ! -x .venv/bin/python ]; then
-    "${PYTHON:-python3}" -m venv .venv
-  elif [ -n "${PYTHON:-}" ] && [ "$("$PYTHON" --version)" != "$(.venv/bin/python --version)" ]; then
-    echo "PYTHON is $("$PYTHON" --version), but .venv has $(.venv/bin/python --version): delete .venv first" >&2; exit 1
+    "$python" -m venv .venv
+  elif [ -n "${PYTHON:-}" ] && [ "$("$python" --version)" != "$(.venv/bin/python --version)" ]; then
+    echo "PYTHON is $("$python" --version), but .venv has $(.venv/bin/python --version): delete .venv first" >&2; exit 1
   fi
   source .venv/bin/activate
 fi

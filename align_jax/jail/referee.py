@@ -8,6 +8,8 @@ can do to them what it likes. Therefore
   2. An assert of another kind, and a value that is no plain data, is judged by that process. It has to answer with a
      number that came with just this test, and what would equal anything (`__eq__` always true) equals nothing.
   3. Between the tests and after the last, asserts are sent that must fail. Where one does not, nothing had passed.
+  4. Every message is answered once. Where a second answer to one comes (from a thread that spoke first, and then from
+     the process' own end of the test), nothing had passed.
 What is left: a program written against this very driver, that finds it by its frames and reads a test of kind 2
 in memory, can answer for it. It could as well have read there what its function has to return.
 """
@@ -17,7 +19,7 @@ import random
 import warnings
 from collections.abc import Generator
 
-# What a process may report of itself, see sandbox.STATUSES; only this file says "tampered".
+# What a process may report of itself, see sandbox.STATUSES; "tampered" is said of it.
 REPORTS = ("passed", "assertion", "exception", "syntax", "memory", "missing_package", "exited")
 TELL, REAL, VALUE = "<tell>", "<real>", "_"  # no program can use the first two by accident
 

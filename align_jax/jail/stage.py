@@ -27,9 +27,10 @@ class Stage:
     """Where a program runs. It binds what it needs from the modules that the program can change."""
 
     def __init__(self, channel: socket.socket):
-        self.channel, self.number = channel, ""
+        self.channel, self.number, self.pid = channel, "", os.getpid()
         self.module = sys.modules["candidate"] = type(sys)("candidate")
-        self.write, self.leave, self.load, self.unpack = os.write, os._exit, marshal.loads, struct.unpack
+        self.write, self.leave, self.whoami = os.write, os._exit, os.getpid
+        self.load, self.unpack = marshal.loads, struct.unpack
 
     def play(self) -> None:
         """Run what is sent, and say what became of it, until nothing more is sent."""
@@ -52,7 +53,9 @@ class Stage:
         return kind, body
 
     def say(self, status: str, text: str = "") -> None:
-        """Answer the last message."""
+        """Answer the last message; a child that the program forked and left running here has nothing to say."""
+        if self.whoami() != self.pid:
+            self.leave(0)
         self.write(3, f"{self.number} {status} {text}".encode("ascii", "backslashreplace"))
 
     def attempt(self, source: str) -> referee.Outcome:

@@ -87,7 +87,8 @@ class Watch:
         self.keeper, self.talk, self.trial, self.setup = keeper, talk, trial, setup
         self.read = {out: bytearray(), err: bytearray()}
         self.cap = setup["limits"]["output_kb"] * 1024
-        self.started, self.reaped, self.garbage, self.number, self.how = False, False, 0, b"", None
+        self.started, self.reaped, self.garbage, self.how = False, False, 0, None
+        self.number = self.answered = b""  # of the message that is to be answered, and of the one before
         for pipe in (talk.fileno(), *self.read):
             os.set_blocking(pipe, False)
         self.send(*next(trial))
@@ -139,10 +140,13 @@ class Watch:
         number, _, words = packet.partition(b" ")
         status, _, text = words.decode(errors="replace").partition(" ")
         if number and number == self.number and status in (*referee.REPORTS, "tells", "asks"):
+            self.answered = number
             try:
                 self.send(*self.trial.send((status, text)))
             except StopIteration:
                 self.how = self.how or ("exited", "")
+        elif number and number == self.answered:  # the stage answers once: somebody answered in its stead
+            self.how = self.how or ("tampered", "two answers to one message")
         else:
             self.garbage += 1
             if self.garbage > MOST_GARBAGE:

@@ -3,8 +3,8 @@
     static.judge("readability", [(instruction, answer), ...])   # [float | None], one an answer
 
 It has the signature of every judge, so that an LLM behind an engine can take its place. None is no verdict: the
-answer holds no program that parses, or nothing that can be checked. `annotate` writes the scores into the records of
-which `synth.pairs` makes pairs.
+answer holds no program that parses, nothing that can be checked, or what a tool fails on. `annotate` writes the
+scores into the records of which `synth.pairs` makes pairs.
 
 Fair to length: a score is a share, or a density per statement, or (security, compliance: a hole is not diluted by
 what stands around it) a sum over distinct kinds of finding. So an answer and the same answer twice over have the same
@@ -47,7 +47,14 @@ def judge(dimension: str, items: Sequence[tuple[str, str]]) -> list[float | None
     if dimension not in DIMENSIONS_SCORERS:
         raise ValueError(f"dimension: got {dimension!r}, available are {sorted(DIMENSIONS_SCORERS)}")
     measured = facts_of.measure(items, tools=TOOLS.get(dimension, ()))
-    return [facts and DIMENSIONS_SCORERS[dimension](facts) for facts in measured]
+    return [facts and _score(DIMENSIONS_SCORERS[dimension], facts) for facts in measured]
+
+
+def _score(scorer: Callable[[Facts], float | None], facts: Facts) -> float | None:
+    try:
+        return scorer(facts)
+    except RecursionError:  # nested so deeply that no tool walks its tree
+        return None
 
 
 def annotate(path: Path, judged: Iterable[Judged], dimensions: Sequence[str], *, judge: Judge = judge,
@@ -138,7 +145,7 @@ def explanation(facts: Facts) -> float:
 
 def security(facts: Facts) -> float | None:
     """Minus the sum over bandit's tests of the worst finding: severity (1, 3, 9) x confidence (1/3, 2/3, 1)."""
-    found = facts.findings["bandit"]
+    found = facts.findings.get("bandit")
     return None if found is None else 0.0 - sum(found.values())
 
 
