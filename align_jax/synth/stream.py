@@ -1,7 +1,8 @@
 """How a stage of pure per-record work runs over more records than fit: in order, bounded, and resumable.
 
-`ordered` maps chunks over processes; `Journal` holds the stage's files. Together they make the output a function of
-the input alone: not of the number of workers, of which of them died, or of how often the stage was killed.
+`ordered` maps chunks over processes, and `cluster.ordered` over machines: `runner` chooses; `Journal` holds the stage's
+files. Together they make the output a function of the input alone: not of where the work was done, of the number of
+workers, of which of them died, or of how often the stage was killed.
 """
 
 import itertools
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from align_jax import log, records
+from align_jax.synth import cluster
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
@@ -58,6 +60,16 @@ def ordered(work: Callable[[list], Any], chunks: Iterable[list], *, workers: int
             pool.shutdown(cancel_futures=True)
         while handed:
             yield from _alone(work, handed.popleft(), lost)
+
+
+RUNNERS = {"local": ordered, "ray": cluster.ordered}
+
+
+def runner(name: str) -> Callable[..., Iterator]:
+    """Return the `ordered` of that name."""
+    if name not in RUNNERS:
+        raise ValueError(f"runner: got {name!r}, expected one of {', '.join(RUNNERS)}")
+    return RUNNERS[name]
 
 
 def _take(results: deque, handed: deque) -> Any:
