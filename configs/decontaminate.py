@@ -23,6 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "benchmarks": (str(resources.files("align_jax") / "pocket" / "PocketEval.jsonl.gz"),
                        "~/.cache/evalplus/*.jsonl", "~/.cache/evoeval/*.jsonl"),
         "embed": placeholder(str), "semantic_threshold": 0.9,
+        "runner": "local",  # or "ray": align_jax/synth/cluster.py
         "workers": 2,
         "chunk": 256,
     })

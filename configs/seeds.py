@@ -41,6 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "near_duplicate": 0.5,  # Jaccard index of word 5-grams
         "pyright": False,
         "judge": placeholder(str),
+        "runner": "local",  # or "ray": align_jax/synth/cluster.py
         "workers": 2,
         "chunk": 64,  # documents; for rows of one function each, some hundred
     })

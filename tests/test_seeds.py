@@ -271,33 +271,6 @@ def test_a_judge_that_loses_an_answer():
         choose([words(0), words(1000)], 2, lambda programs: [True])
 
 
-# --- the pool
-
-
-def double(chunk: list[int]) -> list[int]:
-    if 13 in chunk:
-        os._exit(1)
-    return [2 * item for item in chunk]
-
-
-def square(chunk: list[int]) -> list[int]:
-    return [item * item for item in chunk]
-
-
-def test_results_come_in_order_and_little_is_read_ahead():
-    read = []
-    items = (read.append(i) or i for i in range(400))
-    for n, result in enumerate(stream.ordered(square, stream.chunks(items, 5), workers=2, lost=None)):
-        assert result == [i * i for i in range(5 * n, 5 * n + 5)] and len(read) <= 5 * (n + 5)
-    assert n == 79
-
-
-def test_what_kills_its_worker_is_found_and_the_rest_is_done():
-    results = stream.ordered(double, stream.chunks(range(21), 4), workers=2, lost=lambda item: [f"lost {item}"])
-    assert [item for result in results for item in result] == [
-        2 * i if i != 13 else "lost 13" for i in range(21)]
-
-
 # --- the stage
 
 
@@ -386,14 +359,6 @@ def test_a_killed_run_ends_in_the_same_file(folder, tmp_path, monkeypatch, kille
     assert seeds.gather(run, source(folder), **SETTINGS, chunk=6, judge=judge) == want
     assert (run / "seeds.jsonl").read_bytes() == (whole / "seeds.jsonl").read_bytes()
     assert (run / "contamination.jsonl").read_bytes() == (whole / "contamination.jsonl").read_bytes()
-
-
-def test_a_file_that_lost_what_was_committed_is_refused(tmp_path):
-    with stream.Journal(tmp_path / "progress.json", [tmp_path / "a.jsonl"]) as journal:
-        journal.commit({tmp_path / "a.jsonl": [{"x": 1}]}, done=1, counts={})
-    (tmp_path / "a.jsonl").write_text("")
-    with pytest.raises(ValueError, match="got 0 bytes, expected at least the 9 of the last commit"):
-        stream.Journal(tmp_path / "progress.json", [tmp_path / "a.jsonl"])
 
 
 # --- the sources

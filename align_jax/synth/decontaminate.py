@@ -92,12 +92,17 @@ def find_files(paths: Iterable[str]) -> list[Path]:
     """List the files that paths and patterns stand for."""
     found, missing = [], []
     for path in map(os.path.expanduser, paths):
-        files = sorted(glob.glob(path)) if glob.has_magic(path) else [path] * os.path.isfile(path)
+        files = [path] if os.path.isfile(path) else sorted(glob.glob(path))
         found += map(Path, files)
         missing += [path] if not files and not glob.has_magic(path) else []
     if missing:
         raise ValueError(f"benchmarks: no such file: {', '.join(missing)}")
     return found
+
+
+def resolved(paths: Iterable[str]) -> tuple[str, ...]:
+    """Name the files themselves: a pattern could match others, or none, where the work is done."""
+    return tuple(str(path.absolute()) for path in find_files(paths))
 
 
 def find(benchmarks: Index, record: str, text: str) -> list[Overlap]:
@@ -129,19 +134,19 @@ def semantic(benchmarks: Index, embed: Callable[[list[str]], np.ndarray], *,
 
 
 def clean(run: Path, path: Path, *, fields: Sequence[str], benchmarks: Sequence[str],
-          embed: Callable[[list[str]], np.ndarray] | None = None, semantic_threshold: float = 0.9, workers: int = 1,
-          chunk: int = 256) -> dict[str, Counter]:
+          embed: Callable[[list[str]], np.ndarray] | None = None, semantic_threshold: float = 0.9,
+          runner: str = "local", workers: int = 1, chunk: int = 256) -> dict[str, Counter]:
     """Write the records of a JSONL file whose `fields` share nothing with the benchmarks into `run`, and the report."""
     out, part, overlaps = (run / f"{name}.jsonl" for name in ("clean", "clean.partial", "contamination"))
     if out.is_file():
         return stream.counts(run / "progress.json")
-    benchmarks = tuple(benchmarks)
+    ordered, benchmarks = stream.runner(runner), resolved(benchmarks)
     meaning = semantic(index(benchmarks), embed, threshold=semantic_threshold) if embed else lambda texts: []
     work = functools.partial(check, fields=tuple(fields), benchmarks=benchmarks)
     with stream.Journal(run / "progress.json", [part, overlaps]) as journal:
         left = stream.chunks(itertools.islice(enumerate(stream.rows(path), 1), journal.done, None), chunk)
         with log.progress(what=f"decontaminate {path.name}", unit="record", done=journal.done) as bar:
-            for rows, found in stream.ordered(work, left, workers=workers, lost=_lost):
+            for rows, found in ordered(work, left, workers=workers, lost=_lost):
                 known = {overlap.record for overlap in found}
                 found += meaning({name: text for name, text, _ in rows if name not in known})
                 reasons = {overlap.record: f"in a benchmark: {overlap.measure}" for overlap in reversed(found)}
@@ -292,7 +297,7 @@ def main(c: Mapping) -> None:
     """Decontaminate a file of records as the config says; a killed run continues."""
     log.check_set(c)
     path, files = Path(c["path"]), find_files(c["benchmarks"])
-    deciding = {key: c[key] for key in c if key not in ("run", "path", "workers", "chunk")}
+    deciding = {key: c[key] for key in c if key not in ("run", "path", "runner", "workers", "chunk")}
     run = log.claim(c["run"], deciding | {"input": records.fingerprint(path), "benchmarks": {
         str(file): records.fingerprint(file) for file in files}})
     embed = pkgutil.resolve_name(c["embed"]) if c["embed"] else None

@@ -43,8 +43,8 @@ class Sifted:
 
 
 def gather(run: Path, source: Mapping, *, filtering: Mapping, benchmarks: Sequence[str], near_duplicate: float,
-           pyright: bool = False, judge: Judge | None = None, workers: int = 1,
-           chunk: int = 64) -> dict[str, Counter]:
+           pyright: bool = False, judge: Judge | None = None, runner: str = "local",
+           workers: int = 1, chunk: int = 64) -> dict[str, Counter]:
     """Write the seeds of a source into `run`; return the counts. A killed run continues behind its last chunk.
 
     `judge` says of each program whether its docstring describes it; it is asked about the seeds of a chunk at once.
@@ -53,20 +53,21 @@ def gather(run: Path, source: Mapping, *, filtering: Mapping, benchmarks: Sequen
     if path.is_file():
         return stream.counts(run / "progress.json")
     typecheck.check(pyright)
-    work = functools.partial(sift, filtering=dict(filtering), benchmarks=tuple(benchmarks), pyright=pyright)
+    ordered, benchmarks = stream.runner(runner), decontaminate.resolved(benchmarks)
+    work = functools.partial(sift, filtering=dict(filtering), benchmarks=benchmarks, pyright=pyright)
     with stream.Journal(run / "progress.json", [part, overlaps]) as journal:
         kept = near.seen(near_duplicate)
         for row in stream.rows(part):
             kept.add(row["id"], near.digest(row["code"]))
         left = stream.chunks(documents(source, skip=journal.done), chunk)
         with log.progress(total=size(source), what="seeds", unit="document", done=journal.done) as bar:
-            for found in stream.ordered(work, left, workers=workers, lost=_lost):
+            for found in ordered(work, left, workers=workers, lost=_lost):
                 fresh, dropped = choose(found.seeds, kept, judge)
                 counts = found.counts | {"dropped": found.counts["dropped"] + dropped, "out": Counter(seeds=len(fresh))}
                 journal.commit({part: fresh, overlaps: found.overlaps}, done=found.done, counts=counts)
                 bar.update(found.done)
     counts = journal.counts
-    decontaminate.report(run, decontaminate.index(tuple(benchmarks)), checked=counts.get("in", Counter())["checked"])
+    decontaminate.report(run, decontaminate.index(benchmarks), checked=counts.get("in", Counter())["checked"])
     os.replace(part, path)
     return counts
 
@@ -196,7 +197,7 @@ def _dataset(path: str, source: Mapping):
 def claim(c: Mapping) -> Path:
     """Make or take up the folder of a config's seeds."""
     files = decontaminate.find_files(c["benchmarks"])
-    deciding = {key: c[key] for key in c if key not in ("run", "workers", "chunk")}
+    deciding = {key: c[key] for key in c if key not in ("run", "runner", "workers", "chunk")}
     return log.claim(c["run"], deciding | {"benchmarks": {str(f): records.fingerprint(f) for f in files}})
 
 

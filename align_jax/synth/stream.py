@@ -1,7 +1,8 @@
 """How a stage of pure per-record work runs over more records than fit: in order, bounded, and resumable.
 
-`ordered` maps chunks over processes; `Journal` holds the stage's files. Together they make the output a function of
-the input alone: not of the number of workers, of which of them died, or of how often the stage was killed.
+`ordered` maps chunks over processes, and `cluster.ordered` over machines: `runner` chooses; `Journal` holds the stage's
+files. Together they make the output a function of the input alone: not of where the work was done, of the number of
+workers, of which of them died, or of how often the stage was killed.
 """
 
 import itertools
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from align_jax import log, records
+from align_jax.synth import cluster
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
@@ -60,6 +62,16 @@ def ordered(work: Callable[[list], Any], chunks: Iterable[list], *, workers: int
             yield from _alone(work, handed.popleft(), lost)
 
 
+RUNNERS = {"local": ordered, "ray": cluster.ordered}
+
+
+def runner(name: str) -> Callable[..., Iterator]:
+    """Return the `ordered` of that name."""
+    if name not in RUNNERS:
+        raise ValueError(f"runner: got {name!r}, expected one of {', '.join(RUNNERS)}")
+    return RUNNERS[name]
+
+
 def _take(results: deque, handed: deque) -> Any:
     result = results.popleft().result()
     handed.popleft()  # only now: a chunk without a result is done again
@@ -91,9 +103,6 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-RUNNERS = {"local": ordered}
 
 
 class Journal:

@@ -37,7 +37,7 @@ def execute(out: Path, responses: Iterable[dict], *, backend: str = "auto", work
         with stream.Journal(out.with_name(f"{names[host]}.json"), [part]) as journal:
             left = stream.chunks(itertools.islice(mine, journal.done, None), chunk)
             with log.progress(what="execute", unit="program", total=total, done=journal.done) as bar:
-                for judged in stream.RUNNERS[runner](work, left, workers=workers, lost=_lost):
+                for judged in stream.runner(runner)(work, left, workers=workers, lost=_lost):
                     counts = {"verdicts": Counter(j.status for j in judged)}
                     journal.commit({part: judged}, done=len(judged), counts=counts)
                     bar.update(len(judged))
