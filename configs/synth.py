@@ -25,6 +25,7 @@ from ml_collections.config_dict import placeholder
 
 from configs import sample, seeds
 
+POCKET = resources.files("align_jax") / "pocket"
 CODAL = ("instruction_following", "explanation", "complexity", "readability", "style")
 SCORED = {"dimensions": CODAL, "pairs": {"rules": ("dimension",), "by": "dimension"}}
 VARIANTS = {
@@ -33,13 +34,14 @@ VARIANTS = {
     "codal_pass_fail": {"dimensions": CODAL},
     "two_passes": {"rewrite": {"dimensions": CODAL}, "pairs": SCORED["pairs"]},
     "smoke": {
-        "run": "runs/smoke/synth", "start": str(resources.files("align_jax") / "pocket" / "pocket"),
+        "run": "runs/smoke/synth", "start": str(POCKET / "pocket"),
         "engine": {"local": {"dtype": "float32", "batch_size": 256}},
         "asking": {"brief": True},
         "concepts": {"max_tokens": 48, "count": 24},
         "instruction": {"max_tokens": 96, "categories": ("function",)},
         "response": {"max_tokens": 192, "temperature": 0.8},
         "sandbox": {"wall_s": 2.0, "cpu_s": 2.0, "memory_mb": 256},
+        "truth": {"benchmark": "PocketEval", "path": str(POCKET / "PocketEval.jsonl.gz")},
     },
 }
 
@@ -55,6 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "mesh": sampling.mesh, "engine": sampling.engine,
         "seeds": source,
         "asking": {"chat": False, "brief": False, "shard": 2000, "unanswered": "stop"},
+        "docstrings": written | {"ask": False, "shots": 7, "max_tokens": 16, "temperature": 0.0},
         "concepts": written | {"shots": 8, "count": placeholder(int)},  # of the seeds; None is all
         "instruction": written | {"shots": 8, "categories": ("function", "function", "class", "program"),
                                   "words": (10, 200), "near_duplicate": 0.7},
@@ -66,6 +69,8 @@ def get_config(arg: str = "") -> ConfigDict:
         "judge": {"kind": "static", "start": placeholder(str), "engine": sample.get_config().engine},
         "pairs": {"rules": ("pass_fail",), "by": "reward", "margin": 0.0, "min_usable": 1.0, "even": "passed",
                   "per_task": 1, "min_distance": 0.0, "max_length_ratio": 1e9},
+        "truth": {"benchmark": "humaneval", "path": placeholder(str), "count": placeholder(int),
+                  "evalplus": {"parallel": 2, "min_time_limit": 4.0}},  # for align_jax.synth.ground_truth
     })
     c.update(VARIANTS[arg])
     return c

@@ -12,7 +12,7 @@ import pytest
 
 from align_jax import engine as engines
 from align_jax import records, sample
-from align_jax.records import Judged, Pair, Response, Task
+from align_jax.records import Judged, Pair, Response, Seed, Task
 from align_jax.synth import dimensions, pipeline, prompts
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ class Author:
         shot = random.Random(name.split("/")[0]).choice(SHOTS)
         if "<draft>" in question:
             documented = self.shot_in(question).response
-            return (f"{documented}\n</response>", "stop") if k % 2 == 0 else ("```python\nx = 1\n```\n</response>", "stop")
+            return ("```python\nx = 1\n```\n</response>" if k % 2 else f"{documented}\n</response>", "stop")
         if "<instruction>" in question and "<seed>" not in question and "<properties>" not in question:
             shot = self.shot_in(question)
             right = f"{shot.response}\n</response>\n\n<tests>\n{shot.tests}\n"
@@ -226,3 +226,17 @@ def test_a_model_judges_where_one_is_configured(run, tmp_path):
 
     run("codal", author=Judge(), judge={"kind": "engine", "start": "judge"})
     assert {score for j in read(tmp_path, "scores", Judged) for score in j.scores.values()} == {3.0, 9.0}
+
+
+def test_a_model_judges_docstrings_where_it_is_asked(run, tmp_path):
+    class Judge(Author):
+        def answer(self, name, text, k):
+            if "<function>" not in text:
+                return super().answer(name, text, k)
+            return ("yes" if "list" in text.split("<function>")[-1] else "No, it does not.", "stop")
+
+    did = run(author=Judge(), docstrings={"ask": True}, stages="seeds")
+    assert adds_up(did["seeds"]) and did["seeds"]["dropped"]["poor docstring"] > 0 < did["seeds"]["out"]
+    assert all("list" in seed.code for seed in read(tmp_path, "seeds", Seed))
+    with pytest.raises(ValueError, match="judged_by"):
+        run(stages="seeds")

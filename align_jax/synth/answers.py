@@ -48,6 +48,12 @@ _LABEL = re.compile(r"^\W*(?:(?:key|main|core|programming|coding|the|your|new|ta
 _NEXT = re.compile(r"^## Example \d", re.MULTILINE)  # a base model goes on with an example of its own
 
 
+def verdict(written: str) -> bool | None:
+    """Parse a yes or a no; None if it is neither."""
+    said = re.match(r"\W*(?:<verdict>)?\W*(yes|no)\b", written, re.IGNORECASE)
+    return said and said[1].lower() == "yes"
+
+
 def concepts(written: str, *, finish: str = "stop") -> list[str]:
     """Parse a list of concepts: commas, lines, bullets or numbers; each once, at most 8 words, no explanations."""
     listed = _LABEL.sub("", _field(written, "concepts", finish))

@@ -10,15 +10,35 @@ id and kept as fields. Deviation: tasks are compared with the benchmarks and wit
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from align_jax import records
 from align_jax.records import Concepts, Sample, Task
 from align_jax.sample import Engine
 from align_jax.synth import answers, decontaminate, near, prompts, stream, write
 from align_jax.synth.write import Asking, Choose
 
 IN_A_BENCHMARK, NEAR = "in a benchmark", "near-duplicate"  # why a task is not kept
+
+
+def docstring_judge(engine: Engine, asking: Asking) -> Callable[[list[str]], list[bool]]:
+    """Make a judge for `seeds`: functions -> whether a model finds that the docstring describes each.
+
+    It is asked `asking.n` times; a tie is a no, as in SelfCodeAlign's filter.
+    """
+    def judge(functions: list[str]) -> list[bool]:
+        ids = {records.fingerprint(code): code for code in functions}
+        asked = [(id, prompts.build("docstring", id, {"function": code}, chat=asking.chat, shots=asking.shots,
+                                    brief=asking.brief)) for id, code in ids.items()]
+        said = dict(engine.generate(asked, n=asking.n, temperature=asking.temperature, top_p=asking.top_p,
+                                    max_tokens=asking.max_tokens, seed=asking.seed,
+                                    stops=prompts.stops("docstring", shots=asking.shots)))
+        votes = {id: Counter(answers.verdict(c.text) for c in completions) for id, completions in said.items()}
+        return [votes[records.fingerprint(code)][True] > votes[records.fingerprint(code)][False]
+                for code in functions]
+
+    return judge
 
 
 def concepts(out: Path, seeds: Path, engine: Engine, asking: Asking, *, count: int | None = None) -> dict:

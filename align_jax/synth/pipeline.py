@@ -27,12 +27,15 @@ from align_jax.synth.write import Asking
 
 FREE = ("asking.shard", "asking.unanswered", "sandbox.workers", "sandbox.runner", "sandbox.chunk")  # change no record
 
+ASKED = ("docstrings", "concepts", "instruction", "response", "rewrite")  # sections on what a model is asked
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's config and its engine, which is loaded when a stage first asks for it."""
+    """A run's config, what names its model, and the engine, which is loaded when a stage first asks for it."""
 
     c: Mapping
+    model: Mapping
     engine: Callable[[], Engine]
 
     def asking(self, section: str) -> Asking:
@@ -50,16 +53,16 @@ def make(c: Mapping, *, book: Path | None = None, label: str = "") -> None:
     check(c)
     kind, folder = c["engine"]["kind"], Path(c["run"])
     settings, benchmarks = c["engine"][kind], decontaminate.find_files(c["seeds"]["benchmarks"])
-    known = c | {"model": engines.identity(kind, c["start"], **settings),
-                 "benchmarks": {str(path): records.fingerprint(path) for path in benchmarks}}
-    run = Run(c, functools.cache(lambda: engines.make(kind, c["start"], **settings)))
+    run = Run(c, engines.identity(kind, c["start"], **settings),
+              functools.cache(lambda: engines.make(kind, c["start"], **settings)))
+    known = c | {"model": run.model, "benchmarks": {str(path): records.fingerprint(path) for path in benchmarks}}
     with jax.set_mesh(mesh.make(**c["mesh"])):
         for name, reads in wanted(c).items():
             work, sections = STAGES[name.split("-")[0]]
             out, sources = file(c, name), [file(c, read) for read in reads]
             inputs = {read: records.fingerprint(source) for read, source in zip(reads, sources, strict=True)}
             if name == "seeds":
-                seeds.claim(c["seeds"] | {"run": out.parent})
+                seeds.claim(*_seeding(run, out))
             else:
                 log.claim(folder / name, {key: known[key] for key in sections} | {"reads": inputs}, free=FREE)
             log.once(book or folder / "stages.json", label + name, functools.partial(work, run, out, *sources))
@@ -96,8 +99,7 @@ def check(c: Mapping) -> None:
     tries = [lambda: respond.check(c["response"]["prompt"]), lambda: sandbox.backend(c["sandbox"]["backend"]),
              lambda: _check_chat(c), *(functools.partial(pair_settings, c, rule) for rule in c["pairs"]["rules"]),
              lambda: dimensions.check(*c["dimensions"], *c["rewrite"]["dimensions"]),
-             *(functools.partial(Run(c, None).asking, name) for name in ("concepts", "instruction", "response",
-                                                                         "rewrite"))]
+             *(functools.partial(Run(c, {}, None).asking, name) for name in ASKED)]
     for attempt in tries:
         try:
             attempt()
@@ -128,7 +130,15 @@ def _check_chat(c: Mapping) -> None:
 
 
 def _seeds(run: Run, out: Path) -> dict:
-    return seeds.main(run.c["seeds"] | {"run": str(out.parent)})
+    c, judged_by = _seeding(run, out)
+    judge = instruct.docstring_judge(run.engine(), run.asking("docstrings")) if judged_by else None
+    return seeds.main(c, judge=judge, judged_by=judged_by)
+
+
+def _seeding(run: Run, out: Path) -> tuple[dict, dict | None]:
+    """The config of the seeds, which share their folder's rules with `seeds` run alone, and who judges docstrings."""
+    judged_by = {"model": run.model, "docstrings": run.c["docstrings"], "asking": run.c["asking"]}
+    return run.c["seeds"] | {"run": str(out.parent)}, judged_by if run.c["docstrings"]["ask"] else None
 
 
 def _concepts(run: Run, out: Path, seeds: Path) -> dict:

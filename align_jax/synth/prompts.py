@@ -38,6 +38,11 @@ class Stage:
 
 
 STAGES = {
+    "docstring": Stage(
+        task="Judge the docstring of a Python function. Could somebody who sees nothing but the function's name, its"
+             " parameters and the docstring write the function again, so that it does the same? And does the docstring"
+             " say what the code does? Answer inside <verdict> tags with yes if both hold, and with no otherwise.",
+        given=("function",), asked=("verdict",), shots=7),
     "concepts": Stage(
         task="Name the programming concepts behind a piece of Python code: the ideas, techniques and data structures"
              " one has to understand to write it, and not its subject matter. Write two to five of them inside"
@@ -83,6 +88,16 @@ class Shot:
     def properties(self) -> str:
         """What the instruction was made from."""
         return properties(category=self.category, difficulty=self.difficulty, concepts=self.concepts.split(", "))
+
+    @property
+    def function(self) -> str:
+        """The seed as a judge of docstrings is shown it: every other one with a docstring that says nothing."""
+        return self.seed if self.verdict == "yes" else _vague(self.seed, pick(VAGUE, "vague", self.name))
+
+    @property
+    def verdict(self) -> str:
+        """What a judge of docstrings is to say."""
+        return pick(("yes", "no"), "verdict", self.name)
 
     @property
     def draft(self) -> str:
@@ -189,6 +204,17 @@ def _turns(how: Stage, examples: Sequence[tuple[str, str]], question: str) -> li
     turns = [(role, text) for example in examples for role, text in zip(("user", "assistant"), example, strict=True)]
     (_, first), *rest = [*turns, ("user", question)]
     return [{"role": role, "content": text} for role, text in [("user", f"{how.task}\n\n{first}"), *rest]]
+
+
+VAGUE = ("Helper function.", "Process the data and return the result.", "See the base class.",
+         "Internal use only, the interface may change.")
+
+
+def _vague(code: str, docstring: str) -> str:
+    """Replace the docstring of a function."""
+    function = ast.parse(code).body[0]
+    function.body[0] = ast.Expr(ast.Constant(docstring))
+    return ast.unparse(ast.fix_missing_locations(function))
 
 
 def _bare(code: str) -> str:

@@ -194,18 +194,19 @@ def _dataset(path: str, source: Mapping):
                          f"that can be reached: {error}") from error
 
 
-def claim(c: Mapping) -> Path:
+def claim(c: Mapping, judged_by: Mapping | None = None) -> Path:
     """Make or take up the folder of a config's seeds."""
     files = decontaminate.find_files(c["benchmarks"])
     deciding = {key: c[key] for key in c if key not in ("run", "runner", "workers", "chunk")}
-    return log.claim(c["run"], deciding | {"benchmarks": {str(f): records.fingerprint(f) for f in files}})
+    deciding |= {"benchmarks": {str(f): records.fingerprint(f) for f in files}, "judged_by": judged_by}
+    return log.claim(c["run"], deciding)
 
 
-def main(c: Mapping) -> dict:
+def main(c: Mapping, *, judge: Judge | None = None, judged_by: Mapping | None = None) -> dict:
     """Gather seeds as a config says, unless that was done; return the counts."""
     log.check_set(c)
-    run = claim(c)
-    judge = pkgutil.resolve_name(c["judge"]) if c["judge"] else None
+    run = claim(c, judged_by)
+    judge = pkgutil.resolve_name(c["judge"]) if c["judge"] else judge
     counts = gather(run, **{key: c[key] for key in c if key not in ("run", "judge")}, judge=judge)
     log.say(f"{run / 'seeds.jsonl'}: wrote {counts['out']['seeds']:,} seeds of {counts['in']['functions']:,} functions "
             f"in {counts['in']['documents']:,} documents; dropped {stream.tell(counts['dropped'])}; "
