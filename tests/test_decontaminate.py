@@ -207,6 +207,16 @@ def test_the_stage_drops_counts_and_reports(tmp_path, workers, chunk):
     assert decontaminate.clean(run, tmp_path / "in.jsonl", **settings) == counts
 
 
+def test_rows_of_one_id_are_told_apart(tmp_path):
+    records.write(tmp_path / "bench.jsonl", PROBLEMS)
+    records.write(tmp_path / "in.jsonl", [row | {"id": "same"} for row in rows()])
+    counts = decontaminate.clean(tmp_path / "run", tmp_path / "in.jsonl", fields=("prompt", "completion"),
+                                 benchmarks=(str(tmp_path / "bench.jsonl"),))
+    assert counts["in"]["records"] == 50 and counts["out"]["records"] == 47 and counts["dropped"].total() == 3
+    said = (tmp_path / "run" / "contamination.txt").read_text()
+    assert "3 record(s), the first is same, line 8, exact" in said
+
+
 def test_the_stage_with_an_embedding(tmp_path):
     records.write(tmp_path / "bench.jsonl", PROBLEMS)
     records.write(tmp_path / "in.jsonl", rows())

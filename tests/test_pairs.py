@@ -69,6 +69,14 @@ def test_every_reason_for_no_pair_is_counted(tmp_path, rule, outcomes, reason):
     assert (pair.id, pair.prompt, pair.chosen, pair.rejected) == ("b", "p", "b-0-1.0", "b-1-0.0")
 
 
+def test_best_and_worst_are_of_the_n_that_were_asked_for(tmp_path):
+    """What was dropped before it ran, as truncated or without tests, is not here to be counted."""
+    judged = judged_of("a", PASS, HALF, NONE)
+    for settings, want in (({}, 1), ({"n": 3}, 1), ({"n": 4}, 0), ({"n": 4, "min_usable": 0.75}, 1)):
+        made, report = make(tmp_path, judged, rule="best_worst", **settings)
+        assert len(made) == want and report["dropped"] == ({} if want else {"fewer than n usable responses": 1})
+
+
 def test_best_and_worst_are_of_all_and_pass_and_fail_are_drawn(tmp_path):
     outcomes = [HALF, PASS, NONE, HALF, PASS, NONE, NOT_RUN, (*NONE, CUT)]
     judged = [j for task in range(400) for j in judged_of(str(task), *outcomes)]
@@ -204,6 +212,22 @@ def test_what_the_sandbox_refused_is_no_fault_of_the_program(tmp_path, detail):
     assert report["responses left out"] == {"refused by the sandbox": 1}
     made, _ = make(tmp_path, judged_of("a", PASS, ("assertion", 0.0, {"detail": detail})), rule="pass_fail")
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("program", [
+    "import threading, time\nfor _ in range(99): threading.Thread(target=time.sleep, args=[9], daemon=True).start()",
+    "import os\nwhile True: os.dup(1)", "open('big', 'wb').write(bytes(1 << 26))",
+    "for i in range(99): open(f'{i}', 'wb').write(bytes(1 << 20))", "open('/etc/motd', 'w')", "input()",
+    "import urllib.request\nurllib.request.urlopen('http://example.com')", "import os\nwhile True: os.fork()",
+    "import socket\nsocket.create_connection(('127.0.0.1', 80))",
+    "import socket\nsocket.socket(socket.AF_PACKET, socket.SOCK_RAW)",
+], ids=lambda program: program.split("\n")[-1][:40])
+def test_what_a_real_sandbox_refuses_is_told(tmp_path, program):
+    """Programs that a bare machine of the user's would run, or fail otherwise."""
+    verdict = sandbox.run(program, ["assert True"], limits=sandbox.Limits(wall_s=60, cpu_s=60))
+    assert verdict.status == "exception", verdict
+    _, report = make(tmp_path, judged_of("a", PASS, (*NONE, {"detail": verdict.detail})), rule="pass_fail")
+    assert report["responses left out"] == {"refused by the sandbox": 1}, verdict
 
 
 def test_a_failing_response_whose_code_passed_beside_it_has_wrong_tests(tmp_path):

@@ -216,7 +216,7 @@ def _program(found: Sequence[Block]) -> str:
         if re.search(r"^(?:async def|def|class) ", code, re.MULTILINE):
             raise Unusable("several code blocks", f"a later one defines something: {code[:40]!r}")
     body = checks.statements(python[0])
-    if body == []:
+    if body == ():
         raise Unusable("empty program", repr(python[0][:60]))
     if gap := _placeholder(python[0], body or ()):
         raise Unusable("placeholder", gap)
@@ -239,7 +239,7 @@ def _placeholder(code: str, body: Sequence[ast.stmt]) -> str:
     for function in body:
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
             is_documented = ast.get_docstring(function) is not None
-            if {ast.unparse(s).split("(")[0] for s in function.body[is_documented:]} <= _NOTHING:
+            if all(ast.unparse(s).split("(")[0] in _NOTHING for s in function.body[is_documented:]):
                 return f"def {function.name} does nothing"
     return ""
 

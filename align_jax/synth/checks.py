@@ -13,6 +13,7 @@ does. So tests are taken apart by their syntax tree, what nobody would call is c
 """
 
 import ast
+import functools
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,10 +60,11 @@ def parse(code: str, *, reason: str) -> list[ast.stmt]:
         raise Unusable(reason, f"{type(error).__name__}: {error}") from error
 
 
-def statements(program: str) -> list[ast.stmt] | None:
+@functools.lru_cache(maxsize=16)  # taking a response apart asks for those of the same blocks again and again
+def statements(program: str) -> tuple[ast.stmt, ...] | None:
     """The statements of a program; None for one that does not parse, which is for the sandbox to say."""
     try:
-        return parse(program, reason="syntax")
+        return tuple(parse(program, reason="syntax"))
     except Unusable:
         return None
 

@@ -161,12 +161,18 @@ def clean(run: Path, path: Path, *, fields: Sequence[str], benchmarks: Sequence[
 
 
 def check(rows: list[tuple[int, dict]], *, fields: tuple[str, ...], benchmarks: tuple[str, ...]):
-    """Look at numbered rows: [(name, text, row)] and their overlaps. Pure, so any engine maps it."""
+    """Look at numbered rows: [(name, text, row)] and their overlaps. Pure, so any engine maps it.
+
+    A name is the row's id, with its line where others of the chunk have the same.
+    """
     wrong = [f"line {number} has {sorted(row)}" for number, row in rows if not all(name in row for name in fields)]
     if wrong:
         raise ValueError(f"fields: got {list(fields)}, but {len(wrong)} record(s) lack one: {wrong[0]}")
-    named = [(str(row.get("id") or number), "\n\n".join(_plain(row[name]) for name in fields), row)
-             for number, row in rows]
+    ids = [str(row.get("id") or number) for number, row in rows]
+    times = Counter(ids)
+    named = [(name if times[name] == 1 else f"{name}, line {number}",
+              "\n\n".join(_plain(row[field]) for field in fields), row)
+             for name, (number, row) in zip(ids, rows, strict=True)]
     return named, [overlap for name, text, _ in named for overlap in find(index(benchmarks), name, text)]
 
 

@@ -16,9 +16,10 @@ from align_jax.text import Unusable
 # (our limits) and "missing_package" (our machine): a wrong program may end so, and so may a right one.
 REJECTABLE = ("assertion", "exception", "syntax", "output", "exited")
 
-# What a program meets that wants the network, files, processes or input, which the sandbox does not give.
+# What a program meets that wants more network, files, processes, threads or input than the sandbox gives.
 _REFUSED = re.compile(r"\b(?:PermissionError|Connection\w*Error|gaierror|URLError|EOFError|BlockingIOError"
-                      r"|OSError: \[Errno (?:1|11|13|28|30|101|111)\])")
+                      r"|RuntimeError: can't start new thread"
+                      r"|OSError: \[Errno (?:1|11|13|24|27|28|30|97|99|101|111)\])")
 
 
 def check(response: Judged, rejectable: Sequence[str] = REJECTABLE) -> str:

@@ -47,9 +47,9 @@ class Settings:
     rule: str
     seed: int
     by: str = "reward"  # or a dimension, or "dimension": that under whose principle the responses were written
-    n: int | None = None  # responses that were asked for, where some did not come this far
     margin: float = 0.0  # in the unit of `by`
-    min_usable: float = 1.0  # share of the n responses, for `best_worst`
+    n: int = 0  # responses that were asked for a task, some of which were dropped before they ran; 0: those here
+    min_usable: float = 1.0  # share of these, for `best_worst`
     even: str = "passed"  # what `dimension` compares among: "passed", or equal "reward"
     per_task: int = 1
     rejectable: Sequence[str] = faults.REJECTABLE
@@ -83,7 +83,7 @@ def make(path: Path, judged: Iterable[Judged], **settings) -> dict:
         for task_id, responses in by_task(judged):
             next(num_tasks)
             kept = usable(responses, s, unusable)
-            is_short = s.rule == "best_worst" and len(kept) < s.min_usable * (s.n or len(responses))
+            is_short = s.rule == "best_worst" and len(kept) < s.min_usable * max(s.n, len(responses))
             candidates = RULES[s.rule](kept, s, random.Random(f"{s.seed}/{task_id}"))
             found, reason = draw("fewer than n usable responses" if is_short else candidates, s)
             dropped[reason] += s.per_task - len(found)

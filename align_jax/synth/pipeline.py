@@ -116,7 +116,7 @@ def check(c: Mapping) -> None:
 def pair_settings(c: Mapping, rule: str) -> dict:
     """How pairs of a rule are made; of rewrites, a task has as many as its draft passed for."""
     settings = {key: value for key, value in c["pairs"].items() if key != "rules"}
-    settings |= {"rule": rule, "seed": c["seed"], "n": None if c["rewrite"]["dimensions"] else c["response"]["n"]}
+    settings |= {"rule": rule, "seed": c["seed"], "n": 0 if c["rewrite"]["dimensions"] else c["response"]["n"]}
     pairs.Settings(**settings)
     return settings
 
