@@ -12,7 +12,11 @@ setup(
     package_data={"align_jax": ["pocket/*.gz", "pocket/*/*", "synth/*.md"]},
     install_requires=[
         "absl-py>=2.1",
+        "aiolimiter>=1.2",
+        "anyio>=4",
+        "bandit>=1.8",
         "datasets>=3.0",
+        "detect-secrets>=1.5",
         "einops>=0.8",
         "evalplus==0.3.1",  # the scores of a later release are not comparable
         "flax>=0.12.7,<0.14",
@@ -29,10 +33,14 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",  # its v1 interface
         "pyarrow>=17",
         "pyflakes>=3.2",
+        "radon>=6",
+        "rapidfuzz>=3.9",
         "rensa>=0.5",
+        "ruff>=0.8",
         "safetensors>=0.5",
         "scipy>=1.15",
         "statsmodels>=0.14.4",
+        "tenacity>=9",
         "tensorboardX>=2.6",
         "tokenizers>=0.21",
         "tqdm>=4.66",
@@ -42,6 +50,8 @@ setup(
         "tpu": ["jax[tpu]>=0.10.1,<0.12"],
         "cuda": ["jax[cuda13]>=0.10.1,<0.12"],
         "types": ["pyright[nodejs]>=1.1.400"],
-        "test": ["markdown-it-py>=3", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8", "torch==2.13.0"],
+        "ray": ["ray>=2.49"],
+        "test": ["markdown-it-py>=3", "pytest>=8", "pytest-timeout>=2.3", "python-minifier>=2.11", "ray>=2.49",
+                 "torch==2.13.0", "transformers[serving]>=5.0,<6"],
     },
 )

@@ -1,6 +1,9 @@
 """The promises of the layout, kept by machine: levels import downwards, few files, no drawers."""
 
 import ast
+import re
+import sys
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +52,19 @@ def test_imports_go_downwards():
         wrong += [f"{path.name} imports {there}" for there in (imports(path) & LEVEL_OF.keys()) - {here}
                   if LEVEL_OF[there] >= LEVEL_OF[here] and (here, there) not in WITHIN]
     assert not wrong
+
+
+def test_every_import_is_installed_with_us():
+    given = {keyword.arg: keyword.value for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
+             if isinstance(node, ast.Call) for keyword in node.keywords}
+    required = {re.match(r"[\w-]+", line)[0] for line in ast.literal_eval(given["install_requires"])}
+    imported = set().union(*(imports(path) for path in (ROOT / "align_jax").rglob("*.py")))
+    imported -= {"align_jax", "__future__", *LEVEL_OF, *sys.stdlib_module_names}
+    packages, canonical = metadata.packages_distributions(), {line.lower().replace("_", "-") for line in required}
+    missing = {name for name in imported
+               if not canonical & {found.lower().replace("_", "-") for found in packages.get(name, ())}}
+    assert missing == {"ray"}  # an extra, of one file
+    assert [path.name for path in (ROOT / "align_jax").rglob("*.py") if "ray" in imports(path)] == ["cluster.py"]
 
 
 def test_nothing_imports_the_tools():

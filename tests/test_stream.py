@@ -39,7 +39,7 @@ def two_workers():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("PYTHONPATH", f"{ROOT}:{Path(__file__).parent}")  # for this file, which nobody has installed
+        patch.setenv("PYTHONPATH", f"{ROOT}:{Path(__file__).parent}", prepend=":")  # chunk_work is not installed
         here = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
                         logging_level="ERROR", object_store_memory=2**27, _temp_dir=folder)
         yield folder, here.address_info["gcs_address"]
@@ -168,7 +168,7 @@ def test_the_command_starts_a_ray_or_joins_a_cluster(two_workers, tmp_path, clus
     for n in range(6):
         (tmp_path / "lib" / f"{n}.py").write_text(f'def f(x):\n    """Add {n}."""\n    return x + {n}\n')
     folder, address = two_workers if cluster else (tempfile.mkdtemp(prefix="ray", dir="/tmp"), None)
-    env = os.environ | {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": folder} | ({"RAY_ADDRESS": address} if address else {})
+    env = os.environ | {"RAY_TMPDIR": folder} | ({"RAY_ADDRESS": address} if address else {})
     done = subprocess.run(
         [sys.executable, "-m", "align_jax.synth.seeds", "--config=configs/seeds.py", "--config.runner=ray",
          f"--config.run={tmp_path / 'run'}", f"--config.source.path={tmp_path / 'lib'}", "--config.chunk=1",

@@ -1,6 +1,6 @@
 """Measure align_jax.synth.seeds: functions a second through all steps, and the memory that it takes.
 
-    python tools/bench_seeds.py [--functions=5000,10000,100000] [--workers=2]
+    python tools/bench_seeds.py [--functions=5000,10000,100000] [--workers=2] [--runner=ray] [--benchmarks=FILE,..]
 
 The functions are made up, one a row of a JSONL file, each with about 25 lines and words of its own, so that all of them
 are kept: the worst case for the table of digests. Type check and judge are off. Prints, for each count, seconds (wall,
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import app, flags
@@ -27,6 +27,8 @@ from align_jax.synth import seeds
 CONFIG = Path(__file__).parents[1] / "configs" / "seeds.py"
 _FUNCTIONS = flags.DEFINE_list("functions", ["5000", "10000", "100000"], "how many, one run each")
 _WORKERS = flags.DEFINE_integer("workers", 2, "processes")
+_RUNNER = flags.DEFINE_string("runner", "local", "what maps the chunks")
+_BENCHMARKS = flags.DEFINE_list("benchmarks", [], "files to decontaminate against, beside those of the config")
 
 
 def functions(count: int) -> Iterator[dict]:
@@ -45,7 +47,7 @@ def functions(count: int) -> Iterator[dict]:
                           + f"\n    return {names[0]}\n"}
 
 
-def measure(count: int, workers: int) -> str:
+def measure(count: int, *, workers: int, runner: str, benchmarks: Sequence[str]) -> str:
     """Gather seeds from so many functions, in this process."""
     settings = runpy.run_path(str(CONFIG))["get_config"]().to_dict()
     with tempfile.TemporaryDirectory() as folder:
@@ -53,12 +55,12 @@ def measure(count: int, workers: int) -> str:
         records.write(path, functions(count))
         before, began = peak(resource.RUSAGE_SELF), time.perf_counter()
         counts = seeds.gather(Path(folder) / "run", settings["source"] | {"path": str(path)},
-                              filtering=settings["filtering"], benchmarks=settings["benchmarks"],
-                              near_duplicate=settings["near_duplicate"], workers=workers, chunk=250)
+                              filtering=settings["filtering"], benchmarks=(*settings["benchmarks"], *benchmarks),
+                              near_duplicate=settings["near_duplicate"], runner=runner, workers=workers, chunk=250)
         seconds, after = time.perf_counter() - began, peak(resource.RUSAGE_SELF)
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu = sum(u.ru_utime + u.ru_stime for u in used)
-    return (f"{count:,} functions, {counts['out']['seeds']:,} kept, {workers} workers, load {os.getloadavg()[0]:.1f}: "
+    return (f"{count:,} functions, {counts['out']['seeds']:,} kept, {workers} {runner} workers, load {os.getloadavg()[0]:.1f}: "
             f"{seconds:.1f} s wall, {cpu:.1f} s CPU, {count / seconds:,.0f} functions/s; peak {before:.0f} -> "
             f"{after:.0f} MB ({1024 * (after - before) / count:.1f} KB a seed), workers' largest "
             f"{peak(resource.RUSAGE_CHILDREN):.0f} MB")
@@ -72,10 +74,11 @@ def peak(who: int) -> float:
 def main(argv) -> None:
     """Measure each count in a process of its own, so that each has its own peak."""
     if len(_FUNCTIONS.value) == 1:
-        print(measure(int(_FUNCTIONS.value[0]), _WORKERS.value), flush=True)
+        print(measure(int(_FUNCTIONS.value[0]), workers=_WORKERS.value, runner=_RUNNER.value,
+                      benchmarks=_BENCHMARKS.value), flush=True)
         return
     for count in _FUNCTIONS.value:
-        subprocess.run([sys.executable, argv[0], f"--functions={count}", f"--workers={_WORKERS.value}"], check=True)
+        subprocess.run([*sys.orig_argv, f"--functions={count}"], check=True)  # the last of a flag counts
 
 
 if __name__ == "__main__":
