@@ -5,15 +5,17 @@ import json
 import random
 import re
 import shutil
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from align_jax import engine as engines
-from align_jax import records, sample
+from align_jax import log, records, sample
 from align_jax.records import Judged, Pair, Response, Seed, Task
-from align_jax.synth import dimensions, pipeline, prompts
+from align_jax.synth import dimensions, pipeline, prompts, stream, verify
 
 ROOT = Path(__file__).parents[1]
 SHOTS = prompts.shots()
@@ -176,6 +178,52 @@ def test_killed_anywhere_it_asks_for_nothing_twice_and_ends_in_the_same_pairs(ru
     assert len(authors) > 5 and set(asked.values()) == {1}
     assert wanted == {name: file(tmp_path, name).read_bytes() for name in wanted}
     assert not [*(tmp_path / "run").rglob("answers-*")]
+
+
+def test_killed_behind_every_stage_before_it_is_in_the_book_it_ends_in_the_same_files(run, tmp_path, monkeypatch):
+    run("two_passes")
+    wanted = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*/*.jsonl")}
+    shutil.rmtree(tmp_path / "run")
+    killed, once = [], log.once
+
+    def once_and_die(book, name, work):
+        if name not in killed:
+            killed.append(name)
+            work()
+            raise KeyboardInterrupt
+        once(book, name, work)
+
+    monkeypatch.setattr(log, "once", once_and_die)
+    for _ in range(10):
+        with pytest.raises(KeyboardInterrupt):
+            run("two_passes")
+    run("two_passes")
+    assert len(killed) == 10
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*/*.jsonl")} == wanted
+
+
+@pytest.mark.parametrize("chunk", [5, 17, 64])
+def test_hosts_each_execute_their_share_and_join_it_in_order(run, tmp_path, monkeypatch, chunk):
+    """Three hosts as threads; two real processes are in test_hosts."""
+    run(stages="seeds,concepts,tasks,responses")
+    rows, ran = [*stream.rows(file(tmp_path, "responses"))], []
+    monkeypatch.setattr(verify, "judge", lambda part, **how: ran.extend(part) or [Judged(
+        **{name: row[name] for name in verify.KEPT}, status="passed", detail="", reward=1.0) for row in part])
+    here, barrier = threading.local(), threading.Barrier(3, timeout=60)
+    monkeypatch.setattr(verify.mesh, "wait_for_hosts", lambda what: barrier.wait())
+    monkeypatch.setattr(verify.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(verify.jax, "process_index", lambda: here.host)
+    out = tmp_path / "verdicts" / "verdicts.jsonl"
+
+    def of_host(host: int) -> dict:
+        here.host = host
+        return verify.execute(out, iter(rows), chunk=chunk)
+
+    with ThreadPoolExecutor(3) as hosts:
+        assert [*hosts.map(of_host, range(3))] == [
+            {"in": len(rows), "out": len(rows), "dropped": {}, "verdicts": {"passed": len(rows)}}] * 3
+    assert [row["id"] for row in stream.rows(out)] == [row["id"] for row in rows]
+    assert sorted(row["id"] for row in ran) == sorted(row["id"] for row in rows)
 
 
 def test_a_prompt_that_is_never_answered_stops_the_run_or_is_counted(run, tmp_path):

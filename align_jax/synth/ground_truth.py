@@ -44,16 +44,17 @@ def task(problem: Problem) -> Task:
 
 
 def instruction(problem: Problem) -> str:
-    """Say a problem's prompt as an instruction; one that is prose already (MBPP) stays as it is."""
+    """Say a problem's prompt as an instruction: a documented function in words, a docstring (MBPP) as its text."""
     try:
-        functions = [node for node in ast.parse(problem.prompt).body if isinstance(node, ast.FunctionDef)]
+        body = ast.parse(problem.prompt).body
     except SyntaxError:
-        functions = []
-    wanted = [function for function in functions if function.name == problem.entry_point]
-    if len(functions) != 1 or not wanted or not ast.get_docstring(wanted[0]):
-        return problem.prompt.strip().strip('"').strip()
-    return (f"Write a Python function `{problem.entry_point}({ast.unparse(wanted[0].args)})`. "
-            f"{ast.get_docstring(wanted[0])}")
+        return problem.prompt.strip()
+    match [statement for statement in body if not isinstance(statement, ast.Import | ast.ImportFrom)]:
+        case [ast.FunctionDef(name=problem.entry_point, args=args) as function] if ast.get_docstring(function):
+            return f"Write a Python function `{function.name}({ast.unparse(args)})`. {ast.get_docstring(function)}"
+        case [ast.Expr(value=ast.Constant(value=str(text)))]:
+            return text.strip()
+    return problem.prompt.strip()
 
 
 def judge(folder: Path, problems: Iterable[Problem], benchmark: str, path: Path, backend: str, **settings) -> dict:

@@ -211,10 +211,11 @@ VAGUE = ("Helper function.", "Process the data and return the result.", "See the
 
 
 def _vague(code: str, docstring: str) -> str:
-    """Replace the docstring of a function."""
-    function = ast.parse(code).body[0]
+    """Replace the docstring of a seed's function."""
+    tree = ast.parse(code)
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef))
     function.body[0] = ast.Expr(ast.Constant(docstring))
-    return ast.unparse(ast.fix_missing_locations(function))
+    return ast.unparse(ast.fix_missing_locations(tree))
 
 
 def _bare(code: str) -> str:

@@ -45,7 +45,8 @@ def execute(out: Path, responses: Iterable[dict], *, backend: str = "auto", work
         if host == 0:
             records.write(out, _joined([out.with_name(f"{name}.jsonl") for name in names], chunk))
         mesh.wait_for_hosts("joined")
-    verdicts = sum((stream.counts(out.with_name(f"{name}.json"))["verdicts"] for name in names), Counter())
+    journals = [out.with_name(f"{name}.json") for name in names]  # none of a host whose share was empty
+    verdicts = sum((stream.counts(path)["verdicts"] for path in journals if path.is_file()), Counter())
     return {"in": verdicts.total(), "out": verdicts.total(), "dropped": {}, "verdicts": dict(verdicts.most_common())}
 
 
