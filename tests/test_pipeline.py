@@ -259,6 +259,8 @@ def test_everything_that_cannot_work_is_said_at_once(run, tmp_path):
 
 
 def test_stages_run_alone(run):
+    with pytest.raises(ValueError, match="'responses' reads .*tasks.jsonl, which is not there"):
+        run(stages="responses")
     assert [*run(stages="seeds,concepts")] == ["seeds", "concepts"]
     assert [*run(stages="tasks")] == ["seeds", "concepts", "tasks"]
     assert [*run()][-1] == "pairs-pass_fail"
@@ -288,3 +290,12 @@ def test_a_model_judges_docstrings_where_it_is_asked(run, tmp_path):
     assert all("list" in seed.code for seed in read(tmp_path, "seeds", Seed))
     with pytest.raises(ValueError, match="judged_by"):
         run(stages="seeds")
+
+
+def test_a_model_that_never_answers_in_form_ends_the_run_with_a_reason(run):
+    class Silent(Author):
+        def answer(self, name, text, k):
+            return ("", "stop")
+
+    with pytest.raises(ValueError, match="'tasks' reads .*concepts.jsonl, which has no records; stages.json says why"):
+        run(author=Silent())

@@ -60,6 +60,7 @@ def make(c: Mapping, *, book: Path | None = None, label: str = "") -> None:
         for name, reads in wanted(c).items():
             work, sections = STAGES[name.split("-")[0]]
             out, sources = file(c, name), [file(c, read) for read in reads]
+            _check_inputs(name, sources)
             inputs = {read: records.fingerprint(source) for read, source in zip(reads, sources, strict=True)}
             if name == "seeds":
                 seeds.claim(*_seeding(run, out))
@@ -119,6 +120,15 @@ def pair_settings(c: Mapping, rule: str) -> dict:
     settings |= {"rule": rule, "seed": c["seed"], "n": 0 if c["rewrite"]["dimensions"] else c["response"]["n"]}
     pairs.Settings(**settings)
     return settings
+
+
+def _check_inputs(name: str, sources: list[Path]) -> None:
+    for source in sources:
+        if not source.is_file():
+            raise ValueError(f"stage {name!r} reads {source}, which is not there; run the stage before it")
+        if not source.stat().st_size:
+            raise ValueError(f"stage {name!r} reads {source}, which has no records; stages.json says why they were "
+                             "dropped")
 
 
 def _check_chat(c: Mapping) -> None:

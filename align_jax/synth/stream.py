@@ -141,7 +141,9 @@ class Journal:
 
 
 def counts(path: Path) -> dict[str, Counter]:
-    """Read what a journal counted."""
+    """Read what a journal counted; nothing, if nothing was committed."""
+    if not path.is_file():
+        return {}
     return {name: Counter(count) for name, count in json.loads(path.read_text())["counts"].items()}
 
 

@@ -45,8 +45,8 @@ def execute(out: Path, responses: Iterable[dict], *, backend: str = "auto", work
         if host == 0:
             records.write(out, _joined([out.with_name(f"{name}.jsonl") for name in names], chunk))
         mesh.wait_for_hosts("joined")
-    journals = [out.with_name(f"{name}.json") for name in names]  # none of a host whose share was empty
-    verdicts = sum((stream.counts(path)["verdicts"] for path in journals if path.is_file()), Counter())
+    counts = [stream.counts(out.with_name(f"{name}.json")) for name in names]  # {} of a host whose share was empty
+    verdicts = sum((count.get("verdicts", Counter()) for count in counts), Counter())
     return {"in": verdicts.total(), "out": verdicts.total(), "dropped": {}, "verdicts": dict(verdicts.most_common())}
 
 
