@@ -82,7 +82,6 @@ def annotate(path: Path, judged: Iterable[Judged], dimensions: Sequence[str], *,
         part.replace(path)
     found = records.read(path, Judged)
     counts = Counter(name for r in found for name, score in r.scores.items() if score is None)
-    log.say(f"{path}: wrote {len(found)} answers with scores; dropped none, without a verdict {dict(counts)}")
     return {"in": len(found), "out": len(found), "dropped": {}, "no verdict": dict(counts)}
 
 

@@ -94,7 +94,6 @@ def make(path: Path, judged: Iterable[Judged], **settings) -> dict:
     count = records.write(path, pairs())
     report = {"in": next(num_tasks) * s.per_task, "out": count, "dropped": dict(+dropped),
               "responses left out": dict(unusable), **statistics(shapes)}
-    log.say(f"{path}: wrote {count} pairs; " + ", ".join(f"{key} {value}" for key, value in report.items()))
     return report
 
 

@@ -192,7 +192,8 @@ def _pairs(run: Run, out: Path, judged: Path) -> dict:
     settings = pair_settings(run.c, out.parent.name.removeprefix("pairs-"))
     made = pairs.make(made_by_rule, _judged(judged), **settings)
     clean = decontaminate.clean(out.parent, made_by_rule, fields=("prompt", "chosen", "rejected"),
-                                benchmarks=how["benchmarks"], workers=how["workers"])
+                                benchmarks=how["benchmarks"], runner=how["runner"],
+                                workers=min(how["workers"], 1 + made["out"] // 1000))
     even = pairs.balance(out, out.with_name("clean.jsonl"), seed=run.c["seed"])
     dropped = Counter(made["dropped"]) + clean["dropped"] + Counter(even["dropped"])
     return made | {"out": even["out"], "dropped": dict(dropped.most_common())}
