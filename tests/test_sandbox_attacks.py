@@ -139,6 +139,8 @@ REACHES = {  # tests that hold where the attack is contained
     "core pattern": "assert refused(open, '/proc/sys/kernel/core_pattern', 'w')",
     "magic keys": "assert refused(open, '/proc/sysrq-trigger', 'w')",
     "memory killer's score": "assert refused(open, '/proc/self/oom_score_adj', 'w')",
+    "tracing others": "import ctypes\nc = ctypes.CDLL(None)\n"  # traceme, attach, seize
+                      "assert all(c.ptrace(request, 1, 0, 0) == -1 for request in (0, 16, 0x4206))",
     "devices": "import os\nassert refused(os.mknod, 'disk', 0o60600, os.makedev(8, 0))\n"
                "assert refused(open, '/dev/tty')",
     "loopback": "import socket\nassert 'refused' in refused(socket.create_connection, ('127.0.0.1', {port}), 5)",
@@ -229,6 +231,9 @@ FORGERIES = {  # a wrong program that gets at its driver; what it does, and the 
     "finds it among all objects": "s = next(o for o in gc.get_objects() if type(o).__name__ == 'Stage')\n"
                                   "s.execute = lambda code: ('passed', '')",
     "swallows assertion errors": "import builtins\nbuiltins.AssertionError = ZeroDivisionError",
+    "steps over asserts": "def trace(frame, event, arg):\n"
+                          "    if event == 'line' and frame.f_code.co_filename == '<test>' and frame.f_lineno == 2:\n"
+                          "        frame.f_lineno = 3\n    return trace\nsys.settrace(trace)",
     "traces the tests": "def trace(frame, event, arg):\n    frame.f_trace_opcodes = True\n    return trace\n"
                         "sys.settrace(trace)\n",
     "says passed from a thread": "import threading, time\ns = stage()\ndef forge():\n    while True:\n"
@@ -253,7 +258,7 @@ IN_A_TEST = {
 
 
 @pytest.mark.parametrize("name", FORGERIES)
-@pytest.mark.parametrize("tests", [["assert f(1) == 4242"] * 3, ["for _ in [0]:\n    assert f(1) == 4242"]])
+@pytest.mark.parametrize("tests", [["assert f(1) == 4242"] * 3, ["for _ in [0]:\n    assert f(1) == 4242\nx = 0"]])
 def test_forged_success_is_no_pass(backend, name, tests):
     verdict = attack(backend, FIND + FORGERIES[name] + "\ndef f(x): return 0", *tests, wall_s=5.0)
     assert verdict.status not in ("passed", "sandbox") and verdict.reward == 0.0, verdict

@@ -11,7 +11,8 @@ can do to them what it likes. Therefore
   4. Every message is answered once. Where a second answer to one comes (from a thread that spoke first, and then from
      the process' own end of the test), nothing had passed.
 What is left: a program written against this very driver, that finds it by its frames and reads a test of kind 2
-in memory, can answer for it. It could as well have read there what its function has to return.
+in memory, or steps over its asserts with a trace function set while the test runs, can answer for it. It could as well
+have read there what its function has to return.
 """
 
 import ast

@@ -30,7 +30,7 @@ class Stage:
         self.channel, self.number, self.pid = channel, "", os.getpid()
         self.module = sys.modules["candidate"] = type(sys)("candidate")
         self.write, self.leave, self.whoami = os.write, os._exit, os.getpid
-        self.load, self.unpack = marshal.loads, struct.unpack
+        self.load, self.unpack, self.trace = marshal.loads, struct.unpack, sys.settrace
 
     def play(self) -> None:
         """Run what is sent, and say what became of it, until nothing more is sent."""
@@ -69,6 +69,7 @@ class Stage:
 
     def execute(self, code) -> referee.Outcome:
         """Run code in the program's module and name what became of it."""
+        self.trace(None)  # a trace function can step over an assert
         try:
             exec(code, vars(self.module))
         except BaseException as error:
