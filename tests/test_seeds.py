@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import rensa
 
 from align_jax import records
 from align_jax.records import Seed
@@ -240,6 +241,27 @@ def test_minhash_agrees_with_the_jaccard_index():
         truth = near.jaccard(near.shingles(one), near.shingles(other))
         errors.append(near.digest(one).jaccard(near.digest(other)) - truth)
     assert abs(sum(errors) / 300) < 0.01 and max(map(abs, errors)) < 0.2
+
+
+def test_what_was_seen_is_what_rensa_says():
+    rng = random.Random(0)
+    texts = []
+    for n in range(800):
+        text = [f"w{rng.randrange(10**6)}" for _ in range(rng.randrange(1, 120))]
+        if n % 3:  # a text of before, with some words changed
+            text = rng.choice(texts).split()
+            start = rng.randrange(len(text))
+            text[start:start + rng.randrange(40)] = [f"v{rng.randrange(10**6)}" for _ in range(rng.randrange(30))]
+        texts.append(" ".join(text))
+    ours = near.seen(0.5)
+    theirs = rensa.RMinHashDeduplicator(0.5, near.NUM_PERM, True, near.NUM_BANDS, 0)
+    kept = 0
+    for n, digest in enumerate(map(near.digest, texts)):
+        assert sorted(ours.get_duplicates(digest)) == sorted(theirs.get_duplicates(digest))
+        new = ours.add(str(n), digest)
+        assert new == theirs.add(str(n), digest)
+        kept += new
+    assert 300 < kept < 700
 
 
 def choose(codes: list[str], chunk: int, judge=None) -> tuple[list[str], Counter]:

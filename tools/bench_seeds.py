@@ -61,8 +61,8 @@ def measure(count: int, *, workers: int, runner: str, benchmarks: Sequence[str])
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu = sum(u.ru_utime + u.ru_stime for u in used)
     return (f"{count:,} functions, {counts['out']['seeds']:,} kept, {workers} {runner} workers, "
-            f"load {os.getloadavg()[0]:.1f}: {seconds:.1f} s wall, {cpu:.1f} s CPU, "
-            f"{count / seconds:,.0f} functions/s; peak {before:.0f} -> {after:.0f} MB ({1024 * (after - before) / count:.1f} KB a seed), workers' largest "
+            f"load {os.getloadavg()[0]:.1f}: {seconds:.1f} s wall, {cpu:.1f} s CPU, {count / seconds:,.0f} a second; "
+            f"peak {before:.0f} -> {after:.0f} MB ({1024 * (after - before) / count:.1f} KB a seed), workers' largest "
             f"{peak(resource.RUSAGE_CHILDREN):.0f} MB")
 
 

@@ -5,11 +5,11 @@
 The first stage of the factory. A document (a Python file, or a row with Python in a column) gives functions; the steps
 of `filters` and `decontaminate` and, if asked for, Pyright judge each alone, in processes; then, in the order of the
 source, near-duplicates of what was kept are dropped, a judge of docstrings is asked about the rest, and what it likes
-is kept. Nothing but the table of kept digests (4 KB a seed) grows with the source.
+is kept. What grows with the source is on disk.
 
-What is kept does not depend on the number of workers, nor on kills: the table is made again from the file, since what
-the judge turned down is not in it. Writes seeds.jsonl, contamination.{jsonl,json,txt} and progress.json, whose counts
-add up: documents = read + unread, functions = kept + dropped.
+What is kept does not depend on the number of workers, nor on kills: the table of kept digests is made again from the
+file, since what the judge turned down is not in it. Writes seeds.jsonl, contamination.{jsonl,json,txt} and
+progress.json, whose counts add up: documents = read + unread, functions = kept + dropped.
 """
 
 import dataclasses
