@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from align_jax import log, records
+from align_jax import records
 from align_jax.records import Judged, Pair
 from align_jax.synth import faults, stream
 from align_jax.text import Unusable
