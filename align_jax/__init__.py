@@ -2,8 +2,8 @@
 
 Read in data order:
 
-    records   what lies on disk between stages       text      prompts and completions to tokens
-    synth/    a model samples and runs its own code  data      records to packed rows
+    records   what lies on disk between stages       synth/    a model writes tasks, code and tests: preference pairs
+    text      prompts and completions to tokens      data      records to packed rows
     model     the Transformer                        hf        Hugging Face weights in and out
     losses    sft, dpo, ipo, bonbon                  step      log-probs and the sharded train step
     train     the trainer, top to bottom             sample    batched decoding

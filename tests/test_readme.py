@@ -17,7 +17,9 @@ COMMANDS = re.findall(r"^python -m (align_jax\..*)", README.replace("\\\n", " ")
 
 
 def test_it_shows_how_to_start_everything_that_runs():
-    assert {command.split()[0] for command in COMMANDS} == {"align_jax.train", "align_jax.sample", "align_jax.study"}
+    synth = {f"align_jax.synth.{name}" for name in ("pipeline", "ground_truth", "seeds", "decontaminate")}
+    others = {"align_jax.train", "align_jax.sample", "align_jax.study"}
+    assert {command.split()[0] for command in COMMANDS} == synth | others
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -17,6 +17,7 @@ from align_jax.records import Pair, Problem, Sample, Score
 from align_jax.report import tables
 from align_jax.score import evalplus
 from align_jax.step import Compute, objective
+from align_jax.synth import pipeline
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "golden" / "tiny"
@@ -231,6 +232,30 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(config, checkpoint, 
     with pytest.raises(ValueError, match="nowhere.config.json: not there"):
         study.study(config(tmp_path / "run", starts__instruct__model=str(tmp_path / "nowhere")))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_the_factory_would_refuse_is_refused_before_any_start_is_sampled(config, tmp_path):
+    with pytest.raises(ValueError) as refused:
+        study.study(config(tmp_path / "run", pairs__source="synth", pairs__synth__response__prompt="Solve it.",
+                           pairs__synth__stages="dreams", pairs__synth__response__n=4))
+    for problem in ("pairs.synth: ", "stages: got 'dreams'", "response.prompt: got 'Solve it.'",
+                    "best and worst are of 4 samples, pairs.synth"):
+        assert problem in str(refused.value)
+    with pytest.raises(ValueError, match=r"pairs.source: got 'web', available are \['problems', 'synth'\]"):
+        study.study(config(tmp_path / "run", pairs__source="web"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_start_gets_the_pairs_that_its_recipes_want_from_a_factory_of_its_own(config, tmp_path):
+    c = config(tmp_path / "run", pairs__source="synth").to_dict()
+    for start, settings in c["starts"].items():
+        own = study.factory(c, tmp_path / "run" / start, settings)
+        assert pipeline.file(own, "seeds") == tmp_path / "run" / "seeds" / "seeds.jsonl"
+        assert own["asking"]["chat"] == (start == "instruct") and own["start"] == settings["model"]
+        for recipe in c["train"].values():
+            wanted = tmp_path / "run" / start / f"pairs-{recipe['rule']}" / "pairs.jsonl"
+            assert pipeline.file(own, f"pairs-{recipe['rule']}") == wanted
+            assert f"pairs-{recipe['rule']}" in pipeline.wanted(own)
 
 
 def test_without_a_sandbox_nothing_begins(config, tmp_path, monkeypatch):
