@@ -25,6 +25,15 @@ def write_and_die(metrics, step, values):
 log.Metrics.write = write_and_die
 runpy.run_module("align_jax.train", run_name="__main__")
 """
+FACTORY = """
+import runpy, sys
+sys.path.insert(0, "tests")
+import test_pipeline
+from align_jax import engine
+engine.make = lambda *a, **k: test_pipeline.Author()
+engine.identity = lambda *a, **k: {}
+runpy.run_module("align_jax.synth.pipeline", run_name="__main__")
+"""
 PERMUTED = """
 import runpy
 import jax
@@ -137,3 +146,21 @@ def test_a_study_on_two_hosts_is_refused(tmp_path):
         assert status != 0
         assert "a study runs on one host; train and sample run on several" in output
     assert not (tmp_path / "run").exists()
+
+
+def test_two_hosts_make_the_pairs_of_one(tmp_path):
+    """Both ask the model, each executes its share of the programs, one writes."""
+    for hosts in (1, 2):
+        run = tmp_path / str(hosts)
+        settings = {"run": run, "start": "someone", "engine.kind": "endpoint", "asking.chat": True, "response.n": 6,
+                    "asking.shard": 7, "seeds.source.path": ROOT / "align_jax" / "synth", "seeds.workers": 1,
+                    "sandbox.workers": 1, "sandbox.chunk": 9, "sandbox.memory_mb": 512, "concepts.count": 6,
+                    "seeds.filtering.banned_words": ()}
+        found = start("-c", FACTORY, "--config=configs/synth.py",
+                      *(f"--config.{key}={value}" for key, value in settings.items()), hosts=hosts)
+        assert [status for status, _ in found] == [0] * hosts, found
+    one, two = ({path.relative_to(tmp_path / hosts): path.read_bytes() for path in (tmp_path / hosts).glob("*/*.jsonl")
+                 if "-of-" not in path.name} for hosts in "12")
+    assert one == two and len([row for row in one if row.name == "pairs.jsonl"]) == 1
+    shares = [records.rows(tmp_path / "2" / "verdicts" / f"verdicts-{host}-of-2.jsonl") for host in (0, 1)]
+    assert all(shares) and sum(map(len, shares)) == len(records.rows(tmp_path / "1" / "verdicts" / "verdicts.jsonl"))

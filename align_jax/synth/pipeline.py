@@ -66,7 +66,9 @@ def make(c: Mapping, *, book: Path | None = None, label: str = "") -> None:
                 seeds.claim(*_seeding(run, out))
             else:
                 log.claim(folder / name, {key: known[key] for key in sections} | {"reads": inputs}, free=FREE)
-            log.once(book or folder / "stages.json", label + name, functools.partial(work, run, out, *sources))
+            if jax.process_index() == 0 or work in SHARED:
+                log.once(book or folder / "stages.json", label + name, functools.partial(work, run, out, *sources))
+            mesh.wait_for_hosts(name)
 
 
 def file(c: Mapping, name: str) -> Path:
@@ -108,6 +110,8 @@ def check(c: Mapping) -> None:
             wrong.append(str(error))
     if c["pairs"]["by"] == "dimension" and not (c["dimensions"] or c["rewrite"]["dimensions"]):
         wrong.append("pairs.by: got 'dimension', but neither dimensions nor rewrite.dimensions names one")
+    if jax.process_count() > 1 and (c["docstrings"]["ask"] or c["judge"]["kind"] == "engine"):
+        wrong.append("docstrings.ask, judge.kind: a model judges on one host only")
     if c["judge"]["kind"] not in JUDGES:
         wrong.append(f"judge.kind: got {c['judge']['kind']!r}, available are {[*JUDGES]}")
     if wrong:
@@ -209,6 +213,8 @@ def _rater(how: Mapping) -> Callable:
 
 
 JUDGES = {"static": lambda how: static.judge, "engine": _rater}
+
+SHARED = (_concepts, _tasks, _responses, _verdicts, _rewrites, _rewritten)  # what several hosts do together
 
 STAGES = {  # the work, and what decides what it writes
     "seeds": (_seeds, ()),
