@@ -26,14 +26,15 @@ def respond(out: Path, tasks: Path, engine: Engine, asking: Asking, *, prompt: s
             names: Sequence[str] = ()) -> dict:
     """Write n responses to every task, taken apart; return the counts.
 
-    `prompt` is the text that a pair shows to a base model, with "{instruction}" in it; `names` are dimensions.
+    `prompt` is what a pair will show to a model, with "{instruction}" in it; `names` are dimensions.
     """
     check(prompt)
 
     def parse(row: Mapping, written: Sample) -> Response:
         found = answers.answer(written.completion, finish=written.finish)
-        shown = [{"role": "user", "content": row["instruction"]}] if asking.chat else _fill(prompt, row["instruction"])
-        return Response(id=written.id, task_id=row["id"], prompt=shown, completion=written.completion,
+        shown = prompt.replace("{instruction}", row["instruction"])
+        return Response(id=written.id, task_id=row["id"], completion=written.completion,
+                        prompt=[{"role": "user", "content": shown.strip()}] if asking.chat else shown,
                         finish=written.finish, solution_text=found.response, program=found.program,
                         tests=[*found.tests], dimension=row["dimension"])
 
@@ -80,13 +81,9 @@ def side_by_side(drafts: Path, rewrites: Path) -> Iterator[dict]:
 
 
 def check(prompt: str) -> None:
-    """Refuse a prompt for base models that would not show the instruction."""
+    """Refuse a prompt that would not show the instruction."""
     if prompt.count("{instruction}") != 1:
         raise ValueError(f"response.prompt: got {prompt!r}, expected text with {{instruction}} in it, once")
-
-
-def _fill(prompt: str, instruction: str) -> str:
-    return prompt.replace("{instruction}", instruction)
 
 
 def _asked(prompt: Text) -> str:
