@@ -5,7 +5,7 @@
 The functions are made up, one a row of a JSONL file, each with about 25 lines and words of its own, so that all of them
 are kept: the worst case for the table of digests. Type check and judge are off. Prints, for each count, seconds (wall,
 and CPU of all processes), functions a second, and the peak memory of this process before and after, with what a seed
-took; the workers' is the largest of them.
+took; the workers' is the largest of them. What Ray's workers take is not in it: they are no children of ours.
 """
 
 import os

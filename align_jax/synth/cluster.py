@@ -5,11 +5,12 @@
 Without RAY_ADDRESS a Ray of this machine with `workers` CPUs is started, and stopped at the end; a program that has
 called `ray.init` itself keeps its own. Needs `pip install align_jax[ray]`. On a cluster, this align_jax is sent to the
 nodes with the job; what it imports must be installed there, and files that the work reads (benchmarks) must stand at
-the same path. The source is read, and records are written, here.
+the same path. The source is read, and records are written, here. Ray 2.60 gives clusters a token: RAY_AUTH_MODE=token.
 
-Why Ray: its local runner outlives a killed worker, while Apache Beam's (FnApiRunner, 2.77, `multi_processing`) ends
-the pipeline; Beam's collections have no order, and it reads a source of the launcher's process whole before any work.
-Both have wheels for Python 3.11 to 3.13.
+Why Ray: killing a worker of its local runner loses nothing, while Apache Beam's (FnApiRunner of 2.77, two processes)
+ends the pipeline, "Channel closed prematurely", with nothing written; Beam has no order in a collection, and reads a
+generator of this process to its end before any work. Both have wheels for Python 3.11 to 3.13, Ray's of 79 MB, Beam's
+of 19. Beam needs Flink, Spark or Dataflow behind it; Ray is `ray start` on each machine.
 
 Why tasks, and not the operators of `ray.data` (2.60): a Dataset reads in tasks, which can be done again elsewhere, so a
 generator of this process goes in as one Dataset a window of chunks, with a barrier behind each: 64 chunks of 50 ms on
