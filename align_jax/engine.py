@@ -28,8 +28,8 @@ import tenacity
 from aiolimiter import AsyncLimiter
 
 from align_jax import hf, log, records
+from align_jax.decode import Completion, Sampler
 from align_jax.records import Text
-from align_jax.sample import Completion, Engine, Sampler
 
 # What becomes of a chat prompt that ends in an assistant message, the start of the answer. To OpenAI itself it is
 # an answer that is over, and the model would begin another one: silently not what was asked.
@@ -373,7 +373,7 @@ ENGINES = {"local": Sampler.load, "endpoint": Endpoint}
 DECIDING = {"local": ("dtype",), "endpoint": ("base_url", "prefill", "rename", "extra")}
 
 
-def make(kind: str, model: str, **settings) -> Engine:
+def make(kind: str, model: str, **settings) -> Sampler | Endpoint:
     """Make an engine: `model` is a checkpoint's folder for "local", a name for "endpoint".
 
     Raises:

@@ -7,14 +7,13 @@ ROOT = Path(__file__).parents[1]
 LEVELS = {
     0: {"mesh", "records", "text", "losses", "optim", "checkpoint", "log", "jail", "sandbox"},
     1: {"model", "data"},
-    2: {"hf_config", "hf", "step", "sample", "engine"},
+    2: {"hf_config", "hf", "step", "decode", "engine", "sample"},
     3: {"train", "synth", "score"},
     4: {"report"},
     5: {"study"},
 }
-# Imports inside a level. The command of sample takes any engine, and the local engine is sample's.
-WITHIN = {("text", "records"), ("hf", "hf_config"), ("sample", "hf"), ("engine", "hf"), ("engine", "sample"),
-          ("sample", "engine")}
+WITHIN = {("text", "records"), ("hf", "hf_config"), ("decode", "hf"), ("engine", "hf"), ("engine", "decode"),
+          ("sample", "decode"), ("sample", "engine")}  # imports inside a level
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 
 
