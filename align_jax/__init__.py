@@ -6,7 +6,8 @@ Read in data order:
     text      prompts and completions to tokens      data      records to packed rows
     model     the Transformer                        hf        Hugging Face weights in and out
     losses    sft, dpo, ipo, bonbon                  step      log-probs and the sharded train step
-    train     the trainer, top to bottom             sample    batched decoding
+    train     the trainer, top to bottom             decode    batched decoding
+    engine    decode, or an endpoint                 sample    a file of prompts, answered by an engine
     sandbox   untrusted programs, under limits       jail/     the sandbox's other side
     score/    EvalPlus                               report/   statistics, tables, the page
     study     the whole grid, resumable

@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import anyio.from_thread
 import jax
@@ -28,8 +29,8 @@ import tenacity
 from aiolimiter import AsyncLimiter
 
 from align_jax import hf, log, records
+from align_jax.decode import Completion, Sampler
 from align_jax.records import Text
-from align_jax.sample import Completion, Engine, Sampler
 
 # What becomes of a chat prompt that ends in an assistant message, the start of the answer. To OpenAI itself it is
 # an answer that is over, and the model would begin another one: silently not what was asked.
@@ -41,6 +42,14 @@ PREFILL = {
 FINISHES = ("stop", "length", "content_filter")
 MAX_WAIT = 60.0  # seconds between two attempts; a server may ask for up to ten times as much
 CHARS_PER_TOKEN = 3  # of code, on the low side; where the endpoint does not count
+
+
+class Engine(Protocol):
+    """What writes completions: a `Sampler`, or an `engine.Endpoint`."""
+
+    def generate(self, prompts: Sequence[tuple[str, Text]], *, n: int, temperature: float, top_p: float,
+                 max_tokens: int, stops: Sequence[str], seed: int) -> Iterator[tuple[str, list[Completion]]]:
+        """Yield (id, n completions) for every (id, prompt), in any order."""
 
 
 class Unanswered(RuntimeError):
@@ -375,7 +384,7 @@ ENGINES = {"local": Sampler.load, "endpoint": Endpoint}
 DECIDING = {"local": ("dtype",), "endpoint": ("base_url", "prefill", "rename", "extra")}
 
 
-def make(kind: str, model: str, **settings) -> Engine:
+def make(kind: str, model: str, **settings) -> Sampler | Endpoint:
     """Make an engine: `model` is a checkpoint's folder for "local", a name for "endpoint".
 
     Raises:

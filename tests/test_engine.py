@@ -22,8 +22,8 @@ from pathlib import Path
 
 import pytest
 
-from align_jax import engine, records, sample
-from align_jax.sample import Completion
+from align_jax import decode, engine, records, sample
+from align_jax.decode import Completion
 from align_jax.score import evalplus
 
 ROOT = Path(__file__).parents[1]
@@ -268,7 +268,7 @@ def test_200_prompts_with_every_failure_at_random(endpoint, capsys):
     faults = [*PASSING, "fewer", "fewer", "answer", "answer"]
 
     def behave(body, times):
-        if times == 1 and prompt_of(body).endswith("9"):
+        if times == 1 and prompt_of(body).endswith("99"):
             return "hang"
         return "answer" if times > 7 else random.Random(f"{prompt_of(body)}/{times}").choice(faults)
 
@@ -381,12 +381,12 @@ def test_a_killed_run_asks_for_nothing_twice(endpoint, tmp_path):
 @pytest.mark.timeout(300)
 def test_processes_share_a_cache_and_agree(tmp_path):
     with serving(delay=0.02) as server:
-        both = [child(server, tmp_path / "replies.sqlite", 40) for _ in range(3)]
+        both = [child(server, tmp_path / "replies.sqlite", 40) for _ in range(2)]
         said = [process.communicate() for process in both]
-        assert [process.returncode for process in both] == [0, 0, 0], said
+        assert [process.returncode for process in both] == [0, 0], said
         lines = [{line for line in out.splitlines() if line.startswith("p")} for out, _ in said]
-        assert lines[0] == lines[1] == lines[2] and len(lines[0]) == 40
-        assert len(server.bodies) <= 3 * 40
+        assert lines[0] == lines[1] and len(lines[0]) == 40
+        assert len(server.bodies) <= 2 * 40
 
 
 def test_every_setting_makes_another_request_and_n_takes_more_of_the_same(endpoint):
@@ -516,9 +516,9 @@ def test_settings_that_cannot_work_are_named_together(tmp_path):
 
 
 def test_both_engines_take_the_same_settings():
-    wanted = inspect.signature(sample.Engine.generate).parameters.keys()
+    wanted = inspect.signature(engine.Engine.generate).parameters.keys()
     assert wanted == inspect.signature(engine.Endpoint.generate).parameters.keys()
-    assert wanted - {"self"} <= inspect.signature(sample.sample).parameters.keys()
+    assert wanted - {"self"} <= inspect.signature(decode.sample).parameters.keys()
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from align_jax import decode, records
 from align_jax import engine as engines
-from align_jax import records, sample
 from align_jax.records import Problem
 from align_jax.synth import ground_truth
 
@@ -28,7 +28,7 @@ class Author:
             wrong = f"def {problem.entry_point}(*args):\n    return 'wrong'\n"
             answers = [self.answer(right, f"{call} != 'wrong'"), self.answer(wrong, f"{call} == 'wrong'"),
                        self.answer(right, f"{call} == 'wrong'"), self.answer(wrong, f"{call} != 'wrong'")]
-            yield name, [sample.Completion(answers[k % 4], "stop", [1], [0.0]) for k in range(n)]
+            yield name, [decode.Completion(answers[k % 4], "stop", [1], [0.0]) for k in range(n)]
 
     @staticmethod
     def answer(program: str, test: str) -> str:

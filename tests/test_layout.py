@@ -10,14 +10,13 @@ ROOT = Path(__file__).parents[1]
 LEVELS = {
     0: {"mesh", "records", "text", "losses", "optim", "checkpoint", "log", "jail", "sandbox"},
     1: {"model", "data"},
-    2: {"hf_config", "hf", "step", "sample", "engine"},
+    2: {"hf_config", "hf", "step", "decode", "engine", "sample"},
     3: {"train", "synth", "score"},
     4: {"report"},
     5: {"study"},
 }
-# Imports inside a level. The command of sample takes any engine, and the local engine is sample's; the factory scores.
-WITHIN = {("text", "records"), ("hf", "hf_config"), ("sample", "hf"), ("engine", "hf"), ("engine", "sample"),
-          ("sample", "engine"), ("synth", "score")}
+WITHIN = {("text", "records"), ("hf", "hf_config"), ("decode", "hf"), ("engine", "hf"), ("engine", "decode"),
+          ("sample", "decode"), ("sample", "engine"), ("synth", "score")}  # imports inside a level
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 
 

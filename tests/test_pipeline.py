@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from align_jax import decode, log, records
 from align_jax import engine as engines
-from align_jax import log, records, sample
 from align_jax.records import Judged, Pair, Response, Seed, Task
 from align_jax.synth import dimensions, pipeline, prompts, stream, verify
 
@@ -34,7 +34,7 @@ class Author:
             self.asked.append(name)
             self.stages.append(stops)
             text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-            yield name, [sample.Completion(*self.answer(name, text, k), [1, 2], [-0.5, -0.5]) for k in range(n)]
+            yield name, [decode.Completion(*self.answer(name, text, k), [1, 2], [-0.5, -0.5]) for k in range(n)]
 
     def answer(self, name: str, text: str, k: int) -> tuple[str, str]:
         question = text.split("## Example")[-1]

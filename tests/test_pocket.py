@@ -13,8 +13,9 @@ import torch
 import transformers
 
 from align_jax import hf, mesh, model, records, text
+from align_jax.decode import Sampler
 from align_jax.records import Problem
-from align_jax.sample import Sampler, to_file
+from align_jax.sample import to_file
 from align_jax.score import evalplus
 from align_jax.synth import verify
 

@@ -15,7 +15,7 @@ import scipy.stats
 import torch
 import transformers
 
-from align_jax import hf, mesh, records, sample, text
+from align_jax import decode, hf, mesh, records, text
 from align_jax.step import Compute, score_tokens
 
 ROOT = Path(__file__).parents[1]
@@ -47,15 +47,15 @@ def qwen(tmp_path_factory) -> Path:
     return folder
 
 
-def sampler(folder=TINY) -> sample.Sampler:
+def sampler(folder=TINY) -> decode.Sampler:
     cfg, params = hf.load(folder, dtype="float32")
     tokenizer = text.load(folder)
-    return sample.Sampler.of(cfg, params, tokenizer, text.stop_ids(tokenizer, folder))
+    return decode.Sampler.of(cfg, params, tokenizer, text.stop_ids(tokenizer, folder))
 
 
-def drawn(prompts=PROMPTS, *, who=None, **settings) -> dict[str, list[sample.Completion]]:
+def drawn(prompts=PROMPTS, *, who=None, **settings) -> dict[str, list[decode.Completion]]:
     settings = {"n": 3, "temperature": 0.9, "top_p": 0.95, "max_tokens": 64, "batch_size": 48, "seed": 7} | settings
-    return dict(sample.sample(who or sampler(), prompts, **settings))
+    return dict(decode.sample(who or sampler(), prompts, **settings))
 
 
 def ids_of(answers) -> dict[str, list[list[int]]]:
@@ -197,8 +197,8 @@ def test_a_prompt_is_run_once_for_all_its_samples(monkeypatch, one_device):
         shapes.append(tokens.shape)
         return run(cfg, params, tokens, *args, **kwargs)
 
-    run = sample._start
-    monkeypatch.setattr(sample, "_start", start)
+    run = decode._start
+    monkeypatch.setattr(decode, "_start", start)
     answers = drawn(n=4, batch_size=16)
     assert shapes == [(4, 64)] * 3  # 12 prompts, 4 at a time, whatever n is
     assert all(len(completions) == 4 for completions in answers.values())
@@ -207,9 +207,9 @@ def test_a_prompt_is_run_once_for_all_its_samples(monkeypatch, one_device):
 def test_a_second_call_compiles_nothing(one_device):
     who = sampler()
     drawn(who=who, seed=1)
-    before = sample._start._cache_size(), sample._steps._cache_size()
+    before = decode._start._cache_size(), decode._steps._cache_size()
     drawn(who=who, seed=2)
-    assert (sample._start._cache_size(), sample._steps._cache_size()) == before
+    assert (decode._start._cache_size(), decode._steps._cache_size()) == before
 
 
 # --- the distribution -----------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
 def test_tokens_are_drawn_with_their_probabilities(temperature, top_p, one_device):
     draws, logits = 50_000, np.random.default_rng(0).normal(size=40)
     uniform = jax.random.uniform(jax.random.key(0), (draws,))
-    got = sample._choose(jnp.tile(logits.astype(np.float32), (draws, 1)), uniform, temperature=temperature, top_p=top_p)
+    got = decode._choose(jnp.tile(logits.astype(np.float32), (draws, 1)), uniform, temperature=temperature, top_p=top_p)
     counts = np.bincount(np.asarray(got), minlength=40)
     assert chi_square(counts, draws * nucleus(scipy.special.softmax(logits / temperature), top_p)) > 1e-3
 
@@ -245,7 +245,7 @@ def test_tokens_are_drawn_with_their_probabilities(temperature, top_p, one_devic
 def test_the_ends_of_the_unit_interval_give_possible_tokens(top_p):
     logits = jnp.array([[-1e9, 3.0, -1e9, 2.0, -1e9]] * 2)
     uniform = jnp.array([0.0, 1.0 - 2.0**-24])
-    assert sorted(sample._choose(logits, uniform, temperature=1.0, top_p=top_p).tolist()) == [1, 3]
+    assert sorted(decode._choose(logits, uniform, temperature=1.0, top_p=top_p).tolist()) == [1, 3]
 
 
 def test_first_tokens_follow_the_model(one_device):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from align_jax import hf, log, mesh, records, sample, sandbox, study, train
+from align_jax import decode, hf, log, mesh, records, sandbox, study, train
 from align_jax.records import Pair, Problem, Sample, Score
 from align_jax.report import tables
 from align_jax.score import evalplus
@@ -318,8 +318,8 @@ def test_the_quickstart_config_fits_the_functions_that_take_it(arg):
     c = quickstart(arg).to_dict()
     assert set(c["starts"]) <= tables.STARTS.keys() and {"sft", *c["techniques"]} <= tables.STAGES.keys()
     fits(sandbox.Limits, **{key: value for key, value in c["sandbox"].items() if key != "backend"})
-    fits(sample.sample, None, None, stops=(), seed=0, **c["pairs"]["problems"]["sampling"])
-    fits(sample.sample, None, None, n=1, temperature=0.0, stops=(), seed=0, **c["benchmark"]["sampling"])
+    fits(decode.sample, None, None, stops=(), seed=0, **c["pairs"]["problems"]["sampling"])
+    fits(decode.sample, None, None, n=1, temperature=0.0, stops=(), seed=0, **c["benchmark"]["sampling"])
     fits(evalplus.score, {}, "", "", path="", wrap=(), **c["evalplus"])
     fits(mesh.make, **c["mesh"])
     fits(hf.load, "", dtype=c["sampling_dtype"])

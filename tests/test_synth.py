@@ -9,10 +9,10 @@ import pytest
 import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from align_jax import model, records, sample, sandbox
+from align_jax import decode, model, records, sample, sandbox
+from align_jax.decode import Sampler
 from align_jax.model import ModelConfig
 from align_jax.records import Judged, Problem, Sample
-from align_jax.sample import Sampler
 from align_jax.synth import verify
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "humaneval_plus" / "HumanEvalPlus.jsonl.gz"
@@ -163,7 +163,7 @@ def sampler(one_device):
 @pytest.fixture
 def die_after(monkeypatch):
     """Make the sampler die after so many prompts; returns the ids that were asked for, call by call."""
-    real, asked = sample.sample, []
+    real, asked = decode.sample, []
 
     def set_limit(limit: int | None):
         def dying(sampler, prompts, **settings):
@@ -172,7 +172,7 @@ def die_after(monkeypatch):
             if limit is not None:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(sample, "sample", dying)
+        monkeypatch.setattr(decode, "sample", dying)
         return asked
 
     return set_limit

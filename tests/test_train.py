@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from align_jax import checkpoint, data, engine, hf, log, mesh, optim, records, sample, text, train
+from align_jax import checkpoint, data, decode, engine, hf, log, mesh, optim, records, text, train
 from align_jax.step import Compute, objective
 
 ROOT = Path(__file__).parents[1]
@@ -351,7 +351,7 @@ def fits(function, *args, **kwargs) -> None:
 def test_the_sampling_config_fits_the_functions_that_take_it(arg):
     c = get_config("sample", arg).to_dict()
     assert set(c) == {"run", "start", "prompts", "mesh", "sample", "engine"}
-    fits(sample.sample, None, None, **c["sample"])
+    fits(decode.sample, None, None, **c["sample"])
     fits(engine.ENGINES["local"], "", **c["engine"]["local"])
     fits(engine.ENGINES["endpoint"], "", **c["engine"]["endpoint"])
     fits(mesh.make, **c["mesh"])

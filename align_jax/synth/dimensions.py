@@ -18,7 +18,8 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from align_jax.sample import Completion, Engine
+from align_jax.decode import Completion
+from align_jax.engine import Engine
 from align_jax.synth import prompts
 from align_jax.text import Unusable
 

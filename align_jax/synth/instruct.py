@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from align_jax import records
+from align_jax.engine import Engine
 from align_jax.records import Concepts, Sample, Task
-from align_jax.sample import Engine
 from align_jax.synth import answers, decontaminate, near, prompts, stream, write
 from align_jax.synth.write import Asking, Choose
 

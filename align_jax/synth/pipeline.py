@@ -19,8 +19,8 @@ import jax
 
 from align_jax import engine as engines
 from align_jax import log, mesh, records, sandbox, text
+from align_jax.engine import Engine
 from align_jax.records import Judged
-from align_jax.sample import Engine
 from align_jax.score import static
 from align_jax.synth import decontaminate, dimensions, instruct, pairs, respond, seeds, stream, verify
 from align_jax.synth.write import Asking

@@ -16,8 +16,8 @@ from operator import itemgetter
 from pathlib import Path
 
 from align_jax import records
+from align_jax.engine import Engine
 from align_jax.records import Response, Sample, Text
-from align_jax.sample import Engine
 from align_jax.synth import answers, dimensions, stream, write
 from align_jax.synth.write import Asking
 

@@ -20,8 +20,8 @@ import jax
 
 from align_jax import engine as engines
 from align_jax import log, mesh, sample
+from align_jax.engine import Engine
 from align_jax.records import Overlap, Sample, Text
-from align_jax.sample import Engine
 from align_jax.synth import prompts, stream
 from align_jax.text import Unusable
 
