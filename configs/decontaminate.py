@@ -15,9 +15,9 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    if arg:
-        raise ValueError(f"config argument: got {arg!r}, expected nothing")
-    return ConfigDict({
+    if arg not in ("", "smoke"):
+        raise ValueError(f"config argument: got {arg!r}, expected 'smoke' or nothing")
+    c = ConfigDict({
         "run": "", "path": "", "fields": ("prompt", "completion"),
         # A pattern may match nothing. These are where EvalPlus and EvoEval put what they download.
         "benchmarks": (str(resources.files("align_jax") / "pocket" / "PocketEval.jsonl.gz"),
@@ -27,3 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "workers": 2,
         "chunk": 256,
     })
+    if arg == "smoke":
+        c.update({"run": "runs/smoke/clean", "path": "tests/golden/pairs.jsonl",
+                  "fields": ("prompt", "chosen", "rejected")})
+    return c

@@ -21,9 +21,9 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    if arg:
-        raise ValueError(f"config argument: got {arg!r}, expected nothing")
-    return ConfigDict({
+    if arg not in ("", "smoke"):
+        raise ValueError(f"config argument: got {arg!r}, expected 'smoke' or nothing")
+    c = ConfigDict({
         "run": "runs/seeds",
         "source": {
             "path": sysconfig.get_path("stdlib"), "column": "content", "split": "train", "data_dir": placeholder(str),
@@ -45,3 +45,6 @@ def get_config(arg: str = "") -> ConfigDict:
         "workers": 2,
         "chunk": 64,  # documents; for rows of one function each, some hundred
     })
+    if arg == "smoke":
+        c.update({"run": "runs/smoke/seeds", "source": {"path": sysconfig.get_path("stdlib") + "/email"}})
+    return c
