@@ -61,6 +61,11 @@ class Sampler:
         """Answer prompts as an engine: `sample` with this batch size."""
         return sample(self, prompts, **{"batch_size": self.batch_size} | settings)
 
+    def too_long(self, prompts: Sequence[tuple[str, Text]], *, max_tokens: int) -> set[str]:
+        """The ids of prompts that leave no room for an answer in the positions the model was trained for."""
+        room = self.cfg.max_length - max_tokens
+        return {name for name, prompt in prompts if len(text.encode_prompt(self.tokenizer, prompt)) > room}
+
 
 def sample(sampler: Sampler, prompts: Sequence[tuple[str, Text]], *, n: int = 1, temperature: float = 1.0,
            top_p: float = 1.0, max_tokens: int = 256, stops: Sequence[str] = (), seed: int = 0,

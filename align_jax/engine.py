@@ -51,6 +51,9 @@ class Engine(Protocol):
                  max_tokens: int, stops: Sequence[str], seed: int) -> Iterator[tuple[str, list[Completion]]]:
         """Yield (id, n completions) for every (id, prompt), in any order."""
 
+    def too_long(self, prompts: Sequence[tuple[str, Text]], *, max_tokens: int) -> set[str]:
+        """The ids of prompts that leave no room for an answer; empty where only the endpoint knows."""
+
 
 class Unanswered(RuntimeError):
     """Some prompts have no answer, by id in `failures`; all others were yielded, and asking again asks for these."""
@@ -147,6 +150,10 @@ class Endpoint:
             log.say(f"{self.model}: {call.summary()}")
         if call.failures:
             raise Unanswered(call.failures, is_halted=call.is_halted)
+
+    def too_long(self, prompts: Sequence[tuple[str, Text]], *, max_tokens: int) -> set[str]:
+        """None that is known before it is asked."""
+        return set()
 
     def _check(self, prompts) -> None:
         wrong = [f"{name}: {count} prompts of this id" for name, count in Counter(name for name, _ in prompts).items()

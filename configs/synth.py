@@ -67,8 +67,8 @@ def get_config(arg: str = "") -> ConfigDict:
         "sandbox": {"backend": "auto", "wall_s": 10.0, "cpu_s": 10.0, "memory_mb": 4096, "workers": 2,
                     "runner": "local", "chunk": 256},
         "judge": {"kind": "static", "start": placeholder(str), "engine": sample.get_config().engine},
-        "pairs": {"rules": ("pass_fail",), "by": "reward", "margin": 0.0, "min_usable": 1.0, "even": "passed",
-                  "per_task": 1, "min_distance": 0.0, "max_length_ratio": 1e9},
+        "pairs": {"rules": ("pass_fail",), "by": "reward", "margin": placeholder(float),  # None: the scorer's own
+                  "min_usable": 1.0, "even": "passed", "per_task": 1, "min_distance": 0.0, "max_length_ratio": 1e9},
         "truth": {"benchmark": "humaneval", "path": placeholder(str), "count": placeholder(int),
                   "evalplus": {"parallel": 2, "min_time_limit": 4.0}},  # for align_jax.synth.ground_truth
     })

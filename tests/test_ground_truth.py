@@ -30,6 +30,9 @@ class Author:
                        self.answer(right, f"{call} == 'wrong'"), self.answer(wrong, f"{call} != 'wrong'")]
             yield name, [decode.Completion(answers[k % 4], "stop", [1], [0.0]) for k in range(n)]
 
+    def too_long(self, asked, *, max_tokens):
+        return set()
+
     @staticmethod
     def answer(program: str, test: str) -> str:
         return f"```python\n{program}\n```\n</response>\n\n<tests>\n```python\nassert {test}\n```\n"

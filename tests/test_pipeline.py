@@ -36,6 +36,9 @@ class Author:
             text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             yield name, [decode.Completion(*self.answer(name, text, k), [1, 2], [-0.5, -0.5]) for k in range(n)]
 
+    def too_long(self, asked, *, max_tokens):
+        return set()
+
     def answer(self, name: str, text: str, k: int) -> tuple[str, str]:
         question = text.split("## Example")[-1]
         shot = random.Random(name.split("/")[0]).choice(SHOTS)
@@ -240,6 +243,16 @@ def test_a_prompt_that_is_never_answered_stops_the_run_or_is_counted(run, tmp_pa
     assert "answers-0.jsonl.partial" in answered  # what was answered is kept
     did = run(author=Deaf(), asking={"chat": True, "brief": False, "shard": 2000, "unanswered": "drop"})
     assert did["responses"]["dropped"]["unanswered"] % 6 == 0 and adds_up(did["responses"], 6)
+
+
+def test_a_prompt_that_does_not_fit_the_model_is_counted(run):
+    class Short(Author):
+        def too_long(self, asked, *, max_tokens):
+            assert max_tokens in (512, 1536)
+            return {name for name, prompt in asked if name.count("/") == 2 and int(name[0], 16) % 2}
+
+    did = run(author=Short())
+    assert did["responses"]["dropped"]["prompt too long"] % 6 == 0 and adds_up(did["responses"], 6)
 
 
 def test_other_settings_are_refused_in_a_stages_folder(run):

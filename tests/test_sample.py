@@ -190,6 +190,16 @@ def test_a_prompt_that_leaves_no_room_is_named_with_all_others(one_device):
 # --- one prefill, few compilations ----------------------------------------------------------------
 
 
+def test_what_leaves_no_room_is_known_before_it_is_asked(one_device):
+    who = sampler()
+    room = who.cfg.max_length - 8
+    prompts = [(str(size), "x" * size) for size in (1, room // 2, 2 * room, 3 * room)]
+    lengths = {name: len(text.encode_prompt(who.tokenizer, prompt)) for name, prompt in prompts}
+    assert who.too_long(prompts, max_tokens=8) == {name for name, length in lengths.items() if length > room} != set()
+    left = [item for item in prompts if item[0] not in who.too_long(prompts, max_tokens=8)]
+    assert len([*who.generate(left, n=1, max_tokens=8)]) == len(left) > 0
+
+
 def test_a_prompt_is_run_once_for_all_its_samples(monkeypatch, one_device):
     shapes = []
 

@@ -1,7 +1,6 @@
 """score/static.py: better is higher, on pairs made by hand and on code and verdicts that nobody here wrote."""
 
 import ast
-import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -11,8 +10,6 @@ import bandit.plugins
 import pytest
 import python_minifier
 
-from align_jax import records
-from align_jax.records import Judged
 from align_jax.score import facts, static
 
 MODULES = ("bisect", "calendar", "colorsys", "fnmatch", "heapq", "posixpath", "shlex", "statistics", "textwrap",
@@ -221,49 +218,3 @@ def test_a_dimension_that_is_not_there():
     with pytest.raises(ValueError, match=r"got 'beauty', available are \['compl"):
         static.judge("beauty", [])
     assert static.DIMENSIONS_SCORERS.keys() == static.MARGINS.keys() > static.TOOLS.keys()
-
-
-# --- annotate
-
-
-def judged(k: int, completion: str, **fields) -> Judged:
-    made = Judged(id=f"t/{k}", task_id="t", prompt=[{"role": "user", "content": "Write f."}], completion=completion,
-                  finish="stop", status="passed", detail="", reward=1.0)
-    return dataclasses.replace(made, **fields)
-
-
-def test_a_judge_sees_the_answer_without_its_tests():
-    begun = [{"role": "user", "content": "Write f."}, {"role": "assistant", "content": "```python\n"}]
-    assert static.item(judged(0, "code <tests>", solution_text="code")) == ("Write f.", "code")
-    assert static.item(judged(0, "code", prompt=begun)) == ("Write f.", "```python\ncode")
-    assert static.item(judged(0, "    return 1\n", prompt="def f():\n")) == ("def f():\n", "def f():\n    return 1\n")
-
-
-def test_scores_are_written_into_the_records_and_a_killed_run_continues(tmp_path):
-    responses, asked = [judged(k, "x" * k) for k in range(10)], []
-
-    def judge(dimension, items):
-        asked.append(len(items))
-        if len(asked) == 4:
-            raise KeyboardInterrupt
-        return [None if answer == "xxx" else float(len(answer)) for _, answer in items]
-
-    path = tmp_path / "scored.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        static.annotate(path, iter(responses), ["style"], judge=judge, chunk=2)
-    assert not path.exists()
-    with pytest.raises(ValueError, match="made of other records: it has 't/0' for 't/1'"):
-        static.annotate(path, iter(responses[1:]), ["style"], judge=judge, chunk=2)
-    report = static.annotate(path, iter(responses), ["style"], judge=judge, chunk=2)
-    assert asked == [2, 2, 2, 2, 2, 2] and [*tmp_path.iterdir()] == [path]
-    assert report == {"in": 10, "out": 10, "dropped": {}, "no verdict": {"style": 1}}
-    assert records.read(path, Judged) == [dataclasses.replace(r, scores={"style": None if k == 3 else float(k)})
-                                          for k, r in enumerate(responses)]
-    assert static.annotate(path, iter(responses), ["style"], judge=judge) == report and len(asked) == 6
-
-
-def test_records_from_before_there_were_scores_are_read(tmp_path):
-    old = {name: value for name, value in dataclasses.asdict(judged(0, "x")).items()
-           if name not in ("scores", "solution_text")}
-    records.write(tmp_path / "old.jsonl", [old])
-    assert records.read(tmp_path / "old.jsonl", Judged) == [judged(0, "x")]

@@ -18,16 +18,10 @@ tells the truth, or whether the program does what was asked: hence pairs whose s
 
 import ast
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from itertools import islice
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 
 from radon.visitors import ComplexityVisitor
 
-from align_jax import log, records
-from align_jax.records import Judged
 from align_jax.score import facts as facts_of
 from align_jax.score.facts import FUNCTIONS, Facts
 
@@ -55,47 +49,6 @@ def _score(scorer: Callable[[Facts], float | None], facts: Facts) -> float | Non
         return scorer(facts)
     except RecursionError:  # nested so deeply that no tool walks its tree
         return None
-
-
-def annotate(path: Path, judged: Iterable[Judged], dimensions: Sequence[str], *, judge: Judge = judge,
-             chunk: int = 256) -> dict:
-    """Write the records to `path` with a score for each dimension; a killed run continues behind its last chunk.
-
-    Without `dimensions` each record is scored on its own one.
-
-    Returns what came in and went out, and how many got no verdict, by dimension. Records are never dropped.
-
-    Raises:
-      ValueError: what a killed run left was made of other records.
-    """
-    part = path.with_name(path.name + ".partial")
-    if not path.is_file():
-        done, rest = records.read(part, Judged, bad_lines="skip") if part.is_file() else [], iter(judged)
-        for scored, response in zip(done, rest, strict=False):
-            if scored.id != response.id:
-                raise ValueError(f"{part} was made of other records: it has {scored.id!r} for {response.id!r}; "
-                                 "delete it")
-        with records.Appender(part, done) as out, log.progress(what="score", unit="answer", done=len(done)) as bar:
-            while batch := list(islice(rest, chunk)):
-                out.write(_scored(batch, dimensions, judge))
-                bar.update(len(batch))
-        part.replace(path)
-    found = records.read(path, Judged)
-    counts = Counter(name for r in found for name, score in r.scores.items() if score is None)
-    return {"in": len(found), "out": len(found), "dropped": {}, "no verdict": dict(counts)}
-
-
-def item(response: Judged) -> tuple[str, str]:
-    """What a judge is shown of a response: the instruction, and the answer as it stands in a pair, without tests.
-
-    A plain prompt is continued, and a chat may have begun the answer: the program starts there.
-    """
-    answer = response.completion if response.solution_text is None else response.solution_text
-    if isinstance(response.prompt, str):
-        return response.prompt, answer if "```" in answer else response.prompt + answer
-    start = response.prompt[-1]["content"] if response.prompt[-1]["role"] == "assistant" else ""
-    asked = [message["content"] for message in response.prompt if message["role"] == "user"]
-    return "\n\n".join(asked), start + answer
 
 
 # --- the scorers: Facts -> float, higher is better
@@ -276,12 +229,3 @@ DEMANDS = [(re.compile(pattern, re.IGNORECASE), check) for pattern, check in (
     (r"\bdocstrings?\b", lambda facts: all(ast.get_docstring(scope) for scope in facts.scopes)),
     (r"\bexplain\b|\bexplanation\b", lambda facts: bool(facts.prose.strip())),
 )]
-
-
-def _scored(batch: Sequence[Judged], dimensions: Sequence[str], judge: Judge) -> list[Judged]:
-    scores = [dict(response.scores) for response in batch]
-    for dimension in dimensions or sorted({response.dimension for response in batch}):
-        asked = [k for k, response in enumerate(batch) if dimensions or response.dimension == dimension]
-        for k, value in zip(asked, judge(dimension, [item(batch[k]) for k in asked]), strict=True):
-            scores[k][dimension] = value
-    return [replace(response, scores=scored) for response, scored in zip(batch, scores, strict=True)]

@@ -23,7 +23,7 @@ import itertools
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -47,7 +47,7 @@ class Settings:
     rule: str
     seed: int
     by: str = "reward"  # or a dimension, or "dimension": that under whose principle the responses were written
-    margin: float = 0.0  # in the unit of `by`
+    margin: float | Mapping[str, float] = 0.0  # in the unit of `by`; of by="dimension", one for each
     n: int = 0  # responses that were asked for a task, some of which were dropped before they ran; 0: those here
     min_usable: float = 1.0  # share of these, for `best_worst`
     even: str = "passed"  # what `dimension` compares among: "passed", or equal "reward"
@@ -172,12 +172,13 @@ def dimension(responses: list[Judged], s: Settings, rng: random.Random) -> list[
     return _gaps(groups, s, rng)
 
 
-def _gaps(groups: Iterable[list[Judged]], s: Settings, rng: random.Random) -> list[Sides] | str:
+def _gaps(groups: Sequence[list[Judged]], s: Settings, rng: random.Random) -> list[Sides] | str:
     gaps = [(value(a, s) - value(b, s), rng.random(), (a, b)) for group in groups
             for a, b in itertools.permutations(group, 2) if value(a, s) > value(b, s)]
-    wide = sorted((gap for gap in gaps if gap[0] >= s.margin), key=lambda gap: (-gap[0], gap[1]))
+    margin = s.margin[groups[0][0].dimension] if isinstance(s.margin, Mapping) and gaps else s.margin
+    wide = sorted((gap for gap in gaps if gap[0] >= margin), key=lambda gap: (-gap[0], gap[1]))
     if not wide:
-        return f"no gap of {s.margin:g} in {s.by}" if gaps else f"equal in {s.by}"
+        return f"no gap of {margin:g} in {s.by}" if gaps else f"equal in {s.by}"
     return [sides for _, _, sides in wide]
 
 

@@ -22,7 +22,7 @@ from align_jax import log, mesh, records, sandbox, text
 from align_jax.engine import Engine
 from align_jax.records import Judged
 from align_jax.score import static
-from align_jax.synth import decontaminate, dimensions, instruct, pairs, respond, seeds, stream, verify
+from align_jax.synth import decontaminate, dimensions, instruct, pairs, respond, scores, seeds, stream, verify
 from align_jax.synth.write import Asking
 
 FREE = ("asking.shard", "asking.unanswered", "sandbox.workers", "sandbox.runner", "sandbox.chunk")  # change no record
@@ -121,6 +121,8 @@ def check(c: Mapping) -> None:
 def pair_settings(c: Mapping, rule: str) -> dict:
     """How pairs of a rule are made; of rewrites, a task has as many as its draft passed for."""
     settings = {key: value for key, value in c["pairs"].items() if key != "rules"}
+    if settings["margin"] is None:
+        settings["margin"] = MARGINS[c["judge"]["kind"]] if c["pairs"]["by"] == "dimension" else 0.0
     settings |= {"rule": rule, "seed": c["seed"], "n": 0 if c["rewrite"]["dimensions"] else c["response"]["n"]}
     pairs.Settings(**settings)
     return settings
@@ -187,7 +189,9 @@ def _rewritten(run: Run, out: Path, drafts: Path, rewrites: Path) -> dict:
 
 
 def _scores(run: Run, out: Path, judged: Path) -> dict:
-    return static.annotate(out, _judged(judged), (), judge=JUDGES[run.c["judge"]["kind"]](run.c["judge"]))
+    how = run.c["judge"]
+    where = {key: run.c["sandbox"][key] for key in ("runner", "workers")} if how["kind"] == "static" else {}
+    return scores.score(out, stream.rows(judged), judge=JUDGES[how["kind"]](how), **where)
 
 
 def _pairs(run: Run, out: Path, judged: Path) -> dict:
@@ -213,6 +217,7 @@ def _rater(how: Mapping) -> Callable:
 
 
 JUDGES = {"static": lambda how: static.judge, "engine": _rater}
+MARGINS = {"static": static.MARGINS, "engine": 1.0}  # by how much chosen is better: a point of ten
 
 SHARED = (_concepts, _tasks, _responses, _verdicts, _rewrites, _rewritten)  # what several hosts do together
 

@@ -102,9 +102,11 @@ def _shard(answers: Path, shard: Sequence[Row], engine: Engine, name: str, field
     by_id = {row["id"]: row for row in shard}
     asked = {id: prompts.build(name, id, fields(row), chat=asking.chat, shots=asking.shots, brief=asking.brief)
              for id, row in by_id.items()}
+    misfits = engine.too_long([*asked.items()], max_tokens=asking.max_tokens)
+    asked = {id: prompt for id, prompt in asked.items() if id not in misfits}
     samples = _answers(answers, engine, name, asked, asking)
-    found, dropped = [], Counter()
-    dropped["unanswered"] = asking.n * len(shard) - len(samples)
+    found, dropped = [], Counter({"prompt too long": asking.n * len(misfits)})
+    dropped["unanswered"] = asking.n * len(asked) - len(samples)
     for written in samples:
         try:
             found.append(parse(by_id[written.task_id], written))

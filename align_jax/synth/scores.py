@@ -1,0 +1,71 @@
+"""Verdicts to scores: how good each response is in the dimension under whose principle it was written.
+
+The scorer of a dimension is static analysis (`score.static.judge`) or a model behind an engine (`dimensions.rater`);
+either takes a dimension and (instruction, answer) items. Nothing is dropped: a response of which the scorer can say
+nothing has the score None, and `pairs` counts it.
+"""
+
+import functools
+import itertools
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from align_jax import log
+from align_jax.records import Judged
+from align_jax.score.static import Judge
+from align_jax.synth import stream
+
+
+def score(out: Path, judged: Iterable[Mapping], *, judge: Judge, dimensions: Sequence[str] = (), runner: str = "local",
+          workers: int = 1, chunk: int = 256, total: int | None = None) -> dict:
+    """Write the judged responses with a score for each of the dimensions, or for their own; return the counts.
+
+    A killed run continues behind its last chunk.
+    """
+    part, journal_path = out.with_name(f"{out.stem}.partial.jsonl"), out.with_name("progress.json")
+    if not out.is_file():
+        work = functools.partial(annotate, judge=judge, dimensions=tuple(dimensions))
+        with stream.Journal(journal_path, [part]) as journal:
+            left = stream.chunks(itertools.islice(judged, journal.done, None), chunk)
+            with log.progress(what="score", unit="answer", total=total, done=journal.done) as bar:
+                for scored in stream.runner(runner)(work, left, workers=workers, lost=_lost):
+                    silent = Counter(name for r in scored for name, value in r.scores.items() if value is None)
+                    counts = {"in": Counter(records=len(scored)), "no verdict": silent}
+                    journal.commit({part: scored}, done=len(scored), counts=counts)
+                    bar.update(len(scored))
+        os.replace(part, out)
+    counts = stream.counts(journal_path)
+    num = counts["in"]["records"]
+    return {"in": num, "out": num, "dropped": {}, "no verdict": dict(counts["no verdict"])}
+
+
+def annotate(rows: Sequence[Mapping], *, judge: Judge, dimensions: tuple[str, ...]) -> list[Judged]:
+    """Score responses. Pure if the judge is, so any engine maps it."""
+    batch = [Judged(**row) for row in rows]
+    scores = [dict(response.scores) for response in batch]
+    for dimension in dimensions or sorted({response.dimension for response in batch}):
+        asked = [k for k, response in enumerate(batch) if dimensions or response.dimension == dimension]
+        for k, value in zip(asked, judge(dimension, [item(batch[k]) for k in asked]), strict=True):
+            scores[k][dimension] = value
+    return [replace(response, scores=scored) for response, scored in zip(batch, scores, strict=True)]
+
+
+def item(response: Judged) -> tuple[str, str]:
+    """What a judge is shown of a response: the instruction, and the answer as it stands in a pair, without tests.
+
+    A plain prompt is continued, and a chat may have begun the answer: the program starts there.
+    """
+    answer = response.completion if response.solution_text is None else response.solution_text
+    if isinstance(response.prompt, str):
+        return response.prompt, answer if "```" in answer else response.prompt + answer
+    start = response.prompt[-1]["content"] if response.prompt[-1]["role"] == "assistant" else ""
+    asked = [message["content"] for message in response.prompt if message["role"] == "user"]
+    return "\n\n".join(asked), start + answer
+
+
+def _lost(row: Mapping) -> list[Judged]:
+    """A response that ends the process of whoever looks at it gets no verdict."""
+    return [replace(Judged(**row), scores=row["scores"] | {row["dimension"]: None})]
