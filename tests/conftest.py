@@ -40,4 +40,4 @@ def one_device():
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes; part of the test command all the same")
+    config.addinivalue_line("markers", "slow: takes minutes; CI runs it, tools/test.sh with -m \"\"")

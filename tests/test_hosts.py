@@ -148,6 +148,7 @@ def test_a_study_on_two_hosts_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_two_hosts_make_the_pairs_of_one(tmp_path):
     """Both ask the model, each executes its share of the programs, one writes."""
     for hosts in (1, 2):

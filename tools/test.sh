@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Installs what the tests need into .venv (or the active environment) and runs them; arguments go to pytest.
+# Leaves out the tests marked slow, which CI runs too: bash tools/test.sh -m ""
 set -euo pipefail
 cd "$(dirname "$0")/.."
 EXTRAS=test source tools/venv.sh
 
 ruff check .
-exec python -m pytest tests -q --durations=10 "$@"
+exec python -m pytest tests -q --durations=10 -m "not slow" "$@"
