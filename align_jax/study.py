@@ -26,7 +26,8 @@ from align_jax.synth import pairs, pipeline, verify
 from align_jax.train import check as check_recipe
 from align_jax.train import train
 
-FREE = ("run", "mesh", "evalplus.parallel", "evalplus.timeout")  # settings that change no number
+FREE = ("run", "mesh", "evalplus.parallel", "evalplus.timeout",  # settings that change no number
+        *(f"pairs.synth.{name}" for name in pipeline.FREE))
 
 
 def study(c: Mapping) -> Path:
@@ -98,14 +99,17 @@ def rules(c: Mapping) -> list[str]:
 
 
 def factory(c: Mapping, folder: Path, settings: Mapping) -> dict:
-    """The factory's config for a start model; all of them share their seeds."""
+    """The factory's config for a start model: what the study decides, and the rest as configured.
+
+    The starts share their seeds, unless each judges them.
+    """
     own = c["pairs"]["synth"]
-    local = own["engine"]["local"] | {"dtype": c["sampling_dtype"]}
-    return own | {"run": str(folder), "start": settings["model"], "seed": c["seed"], "mesh": c["mesh"],
-                  "seeds": own["seeds"] | {"run": str(folder.parent / "seeds")},
-                  "engine": own["engine"] | {"kind": "local", "local": local},
-                  "asking": own["asking"] | {"chat": settings["chat"]}, "sandbox": own["sandbox"] | c["sandbox"],
-                  "pairs": own["pairs"] | {"rules": rules(c)}}
+    shared = folder if own["docstrings"]["ask"] else folder.parent
+    kept_out = dict.fromkeys((*own["seeds"]["benchmarks"], *filter(None, [c["benchmark"]["path"]])))
+    return own | {"run": str(folder), "start": settings["model"], "seed": c["seed"], "mesh": c["mesh"], "stages": "all",
+                  "seeds": own["seeds"] | {"run": own["seeds"]["run"] or str(shared / "seeds"),
+                                           "benchmarks": [*kept_out]},
+                  "asking": own["asking"] | {"chat": settings["chat"]}, "pairs": own["pairs"] | {"rules": rules(c)}}
 
 
 def synth_pairs(c: Mapping, folder: Path, start: str, settings: Mapping, book: Path) -> None:

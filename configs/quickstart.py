@@ -69,7 +69,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def factory(small: bool) -> ConfigDict:
     """The factory for models that were trained on its stages, so that they need no examples."""
-    c = synth.get_config("smoke")
+    c = synth.of_study("smoke")
     c.concepts.count = 24 if small else 10_000
     c.instruction.n = 2
     c.response.n = 8

@@ -17,9 +17,8 @@ from configs import bonbon, dpo, quickstart, sft, synth
 def get_config(arg: str = "") -> ConfigDict:
     if arg:
         raise ValueError(f"config argument: got {arg!r}, expected nothing")
-    c, factory = quickstart.get_config(), synth.get_config()
-    factory.update({"run": "the study's", "start": "the study's", "response": {"n": 8},
-                    "pairs": {"min_usable": 0.75}})
+    c, factory = quickstart.get_config(), synth.of_study()
+    factory.update({"response": {"n": 8}, "pairs": {"min_usable": 0.75}})
     c.pairs.synth = factory
     c.update({"run": "", "model": "", "sampling_dtype": "bfloat16",
               "sandbox": {"wall_s": 10.0, "cpu_s": 10.0, "memory_mb": 4096},

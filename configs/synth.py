@@ -46,6 +46,16 @@ VARIANTS = {
 }
 
 
+def of_study(arg: str = "") -> ConfigDict:
+    """The section of a study: without the settings that it makes itself."""
+    c = get_config(arg)
+    with c.unlocked():
+        for name in ("run", "start", "seed", "stages", "mesh", "truth"):
+            del c[name]
+        del c.asking["chat"], c.pairs["rules"]
+    return c
+
+
 def get_config(arg: str = "") -> ConfigDict:
     if arg not in VARIANTS:
         raise ValueError(f"config argument: got {arg!r}, expected one of {sorted(VARIANTS)}")
@@ -68,7 +78,9 @@ def get_config(arg: str = "") -> ConfigDict:
                     "runner": "local", "chunk": 256},
         "judge": {"kind": "static", "start": placeholder(str), "engine": sample.get_config().engine},
         "pairs": {"rules": ("pass_fail",), "by": "reward", "margin": placeholder(float),  # None: the scorer's own
-                  "min_usable": 1.0, "even": "passed", "per_task": 1, "min_distance": 0.0, "max_length_ratio": 1e9},
+                  "min_usable": 1.0, "even": "passed", "per_task": 1, "min_distance": 0.0, "max_length_ratio": 1e9,
+                  "balance": True},  # as many pairs of each dimension as the rarest has
+        "embed": placeholder(str),  # "package.module:function", [N] texts to [N D], for semantic decontamination
         "truth": {"benchmark": "humaneval", "path": placeholder(str), "count": placeholder(int),
                   "evalplus": {"parallel": 2, "min_time_limit": 4.0}},  # for align_jax.synth.ground_truth
     })

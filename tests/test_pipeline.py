@@ -159,7 +159,7 @@ def test_a_second_pass_rewrites_what_passed_and_keeps_what_still_does(run, tmp_p
         assert [(j.id, j.status == "passed") for j in rest] == [(f"{first.id}/0", True), (f"{first.id}/1", False)]
     pairs = read(tmp_path, "pairs", Pair)
     assert pairs and all(p.made["chosen"]["status"] == p.made["rejected"]["status"] == "passed" for p in pairs)
-    assert {p.made["rejected"]["id"] in drafts for p in pairs} <= {True, False}
+    assert all({p.made[side]["id"] for side in ("chosen", "rejected")} & drafts.keys() for p in pairs)
     # A response is run against the tests of the draft, not against tests of its own.
     tests = {r.task_id: r.tests for r in drafts.values()}
     assert all(r.tests == tests[r.task_id] for r in read(tmp_path, "rewrites", Response))
@@ -181,6 +181,20 @@ def test_killed_anywhere_it_asks_for_nothing_twice_and_ends_in_the_same_pairs(ru
     assert len(authors) > 5 and set(asked.values()) == {1}
     assert wanted == {name: file(tmp_path, name).read_bytes() for name in wanted}
     assert not [*(tmp_path / "run").rglob("answers-*")]
+
+
+def test_killed_and_continued_with_other_shards_it_loses_nothing(run, tmp_path):
+    wanted = run()
+    files = {name: file(tmp_path, name).read_bytes() for name in ("responses", "pairs")}
+    shutil.rmtree(tmp_path / "run")
+    for shard in itertools.cycle((5, 3, 8, 1)):
+        try:
+            did = run(author=Author(dies_after=11), asking={"shard": shard})
+            break
+        except KeyboardInterrupt:
+            pass
+    assert files == {name: file(tmp_path, name).read_bytes() for name in files}
+    assert [did[name]["dropped"] for name in did] == [wanted[name]["dropped"] for name in wanted]
 
 
 def test_killed_behind_every_stage_before_it_is_in_the_book_it_ends_in_the_same_files(run, tmp_path, monkeypatch):
@@ -239,8 +253,7 @@ def test_a_prompt_that_is_never_answered_stops_the_run_or_is_counted(run, tmp_pa
 
     with pytest.raises(engines.Unanswered):
         run(author=Deaf())
-    answered = {p.name for p in (tmp_path / "run" / "responses").iterdir()}
-    assert "answers-0.jsonl.partial" in answered  # what was answered is kept
+    assert [*(tmp_path / "run" / "responses").glob("answers-0-*.jsonl.partial")]  # what was answered is kept
     did = run(author=Deaf(), asking={"chat": True, "brief": False, "shard": 2000, "unanswered": "drop"})
     assert did["responses"]["dropped"]["unanswered"] % 6 == 0 and adds_up(did["responses"], 6)
 
@@ -312,3 +325,19 @@ def test_a_model_that_never_answers_in_form_ends_the_run_with_a_reason(run):
 
     with pytest.raises(ValueError, match="'tasks' reads .*concepts.jsonl, which has no records; stages.json says why"):
         run(author=Silent())
+
+
+def test_best_and_worst_are_also_picked_by_a_named_dimension(run, tmp_path):
+    did = run(pairs={"rules": ("best_worst", "dimension"), "by": "explanation", "min_usable": 0.5})
+    assert [*did][-3:] == ["scores", "pairs-best_worst", "pairs-dimension"]
+    assert {name for j in read(tmp_path, "scores", Judged) for name in j.scores} == {"explanation"}
+    for rule in ("best_worst", "dimension"):
+        pairs = records.read(tmp_path / "run" / f"pairs-{rule}" / "pairs.jsonl", Pair)
+        assert pairs and all(p.made["chosen"]["score"] >= p.made["rejected"]["score"] + 15 for p in pairs)
+    with pytest.raises(ValueError, match=r"dimension: got \['beauty'\]"):
+        run(pairs={"by": "beauty"})
+
+
+def test_one_more_rule_is_no_other_run(run):
+    run()
+    assert [*run(pairs={"rules": ("pass_fail", "best_worst"), "min_usable": 1.0})][-1] == "pairs-best_worst"

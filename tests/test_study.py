@@ -237,8 +237,8 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(config, checkpoint, 
 def test_what_the_factory_would_refuse_is_refused_before_any_start_is_sampled(config, tmp_path):
     with pytest.raises(ValueError) as refused:
         study.study(config(tmp_path / "run", pairs__source="synth", pairs__synth__response__prompt="Solve it.",
-                           pairs__synth__stages="dreams", pairs__synth__response__n=4))
-    for problem in ("pairs.synth: ", "stages: got 'dreams'", "response.prompt: got 'Solve it.'",
+                           pairs__synth__dimensions=("beauty",), pairs__synth__response__n=4))
+    for problem in ("pairs.synth: ", "dimension: got ['beauty']", "response.prompt: got 'Solve it.'",
                     "best and worst are of 4 samples, pairs.synth"):
         assert problem in str(refused.value)
     with pytest.raises(ValueError, match=r"pairs.source: got 'web', available are \['problems', 'synth'\]"):
@@ -256,6 +256,9 @@ def test_every_start_gets_the_pairs_that_its_recipes_want_from_a_factory_of_its_
             wanted = tmp_path / "run" / start / f"pairs-{recipe['rule']}" / "pairs.jsonl"
             assert pipeline.file(own, f"pairs-{recipe['rule']}") == wanted
             assert f"pairs-{recipe['rule']}" in pipeline.wanted(own)
+        assert c["benchmark"]["path"] in own["seeds"]["benchmarks"]
+    c["pairs"]["synth"]["docstrings"]["ask"] = True  # then they are not the same seeds
+    assert pipeline.file(study.factory(c, tmp_path / "a", settings), "seeds").parent == tmp_path / "a" / "seeds"
 
 
 def test_without_a_sandbox_nothing_begins(config, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from align_jax.decode import Completion
-from align_jax.engine import Engine
+from align_jax.engine import Engine, Unanswered
 from align_jax.synth import prompts
 from align_jax.text import Unusable
 
@@ -188,16 +188,21 @@ def rater(engine: Engine, *, seed: int = 0, max_tokens: int = 512) -> Callable:
     def rate(dimension: str, items: Sequence[tuple[str, str]]) -> list[float | None]:
         asked = [(str(k), judge(dimension, instruction=instruction, response=response))
                  for k, (instruction, response) in enumerate(items)]
-        said = dict(engine.generate(asked, n=1, temperature=0.0, top_p=1.0, max_tokens=max_tokens, stops=(),
-                                    seed=seed))
-        return [_rating(said[name][0]) for name, _ in asked]
+        misfits, said = engine.too_long(asked, max_tokens=max_tokens), {}
+        try:
+            said.update(engine.generate([item for item in asked if item[0] not in misfits], n=1, temperature=0.0,
+                                        top_p=1.0, max_tokens=max_tokens, stops=(), seed=seed))
+        except Unanswered as error:
+            if error.is_halted:
+                raise
+        return [_rating(said.get(name)) for name, _ in asked]
 
     return rate
 
 
-def _rating(said: Completion) -> float | None:
+def _rating(said: Sequence[Completion] | None) -> float | None:
     try:
-        return judgement(said.text, finish=said.finish).rating
+        return judgement(said[0].text, finish=said[0].finish).rating if said else None
     except Unusable:
         return None
 

@@ -4,7 +4,7 @@
         --config.truth.benchmark=humaneval
 
 The problems take the place of invented tasks; responses and their verdicts are made as for pairs. Nothing of this is
-for training. Writes FOLDER/truth.jsonl, the verdicts of EvalPlus on the same programs, and FOLDER/agreement.json.
+for training. Writes FOLDER/truth/truth.jsonl, the verdicts of EvalPlus on the same programs, and agreement.json.
 """
 
 import ast
@@ -22,12 +22,12 @@ from align_jax.synth import pipeline, stream, validate
 
 def agreement(c: Mapping) -> validate.Agreement:
     """Let a model answer a benchmark with its own tests; compare their verdicts with EvalPlus'."""
-    truth, folder = c["truth"], Path(c["run"])
+    truth, folder = c["truth"], Path(c["run"]) / "truth"  # apart from what is for training
     path = evalplus.locate(truth["benchmark"], truth["path"])
     log.claim(folder, {"truth": truth, "problems": records.fingerprint(path)})
     problems = evalplus.problems(truth["benchmark"], path)
     records.write(folder / "tasks" / "tasks.jsonl", map(task, problems[:truth["count"]]))
-    pipeline.make(c | {"stages": "responses,verdicts"})
+    pipeline.make(c | {"run": str(folder), "stages": "responses,verdicts"})
     work = functools.partial(judge, folder, problems, truth["benchmark"], path, c["sandbox"]["backend"],
                              **truth["evalplus"])
     log.once(folder / "stages.json", "truth", work)
@@ -88,7 +88,7 @@ def main(c: Mapping) -> None:
     log.check_set(c)
     for name, value in dataclasses.asdict(agreement(c)).items():
         log.say(f"{name:20} {value:.3f}" if isinstance(value, float) else f"{name:20} {value}")
-    log.say(f"{c['run']}: wrote truth.jsonl and agreement.json")
+    log.say(f"{c['run']}/truth: wrote truth.jsonl and agreement.json")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import jax
+
 from align_jax import records
 from align_jax.engine import Engine
 from align_jax.records import Concepts, Sample, Task
@@ -31,10 +33,12 @@ def docstring_judge(engine: Engine, asking: Asking) -> Callable[[list[str]], lis
         ids = {records.fingerprint(code): code for code in functions}
         asked = [(id, prompts.build("docstring", id, {"function": code}, chat=asking.chat, shots=asking.shots,
                                     brief=asking.brief)) for id, code in ids.items()]
+        misfits = engine.too_long(asked, max_tokens=asking.max_tokens)
+        asked = [item for item in asked if item[0] not in misfits]  # whom nobody can ask about is not kept
         said = dict(engine.generate(asked, n=asking.n, temperature=asking.temperature, top_p=asking.top_p,
                                     max_tokens=asking.max_tokens, seed=asking.seed,
-                                    stops=prompts.stops("docstring", shots=asking.shots)))
-        votes = {id: Counter(answers.verdict(c.text) for c in completions) for id, completions in said.items()}
+                                    stops=prompts.stops("docstring", shots=0 if asking.brief else asking.shots)))
+        votes = {id: Counter(answers.verdict(c.text) for c in said.get(id, ())) for id in ids}
         return [votes[records.fingerprint(code)][True] > votes[records.fingerprint(code)][False]
                 for code in functions]
 
@@ -48,7 +52,8 @@ def concepts(out: Path, seeds: Path, engine: Engine, asking: Asking, *, count: i
                         concepts=answers.concepts(written.completion, finish=written.finish))
 
     return write.stage(out, itertools.islice(stream.rows(seeds), count), engine, name="concepts",
-                       fields=lambda seed: {"seed": seed["code"]}, parse=parse, asking=asking)
+                       fields=lambda seed: {"seed": seed["code"]}, parse=parse, asking=asking,
+                       total=min(stream.count(seeds), count or stream.count(seeds)))
 
 
 def tasks(out: Path, named: Path, engine: Engine, asking: Asking, *, categories: Sequence[str],
@@ -65,9 +70,11 @@ def tasks(out: Path, named: Path, engine: Engine, asking: Asking, *, categories:
                     **draw(row["id"]))
 
     counts = write.stage(out, stream.rows(named), engine, name="instruction", fields=fields, parse=parse, asking=asking,
+                         total=stream.count(named),
                          chooser=functools.partial(new, near_duplicate=near_duplicate, benchmarks=tuple(benchmarks)))
     checked = sum(counts["dropped"].get(reason, 0) for reason in (IN_A_BENCHMARK, NEAR)) + counts["out"]
-    decontaminate.report(out.parent, decontaminate.index(tuple(benchmarks)), checked=checked)
+    if jax.process_index() == 0:
+        decontaminate.report(out.parent, decontaminate.index(tuple(benchmarks)), checked=checked)
     return counts
 
 

@@ -97,16 +97,30 @@ def make(path: Path, judged: Iterable[Judged], **settings) -> dict:
     return report
 
 
-def balance(out: Path, path: Path, *, seed: int) -> dict:
-    """Write as many pairs of each dimension as the rarest has, drawn by their ids: the study's 12k of each of five."""
+def balance(out: Path, path: Path, *, seed: int, is_on: bool = True) -> dict:
+    """Write as many pairs of each dimension as the rarest has, drawn by their ids: the study's 12k of each of five.
+
+    Off, all are written.
+    """
     ids = defaultdict(list)
     for row in stream.rows(path):
         ids[row["made"]["dimension"]].append(row["id"])
-    least, total = min(map(len, ids.values()), default=0), sum(map(len, ids.values()))
+    total = sum(map(len, ids.values()))
+    least, rarest = min(((len(found), name) for name, found in ids.items()), default=(0, "")) if is_on else (total, "")
     kept = {id for found in ids.values()
             for id in sorted(found, key=lambda id: records.fingerprint(seed, id))[:least]}
     count = records.write(out, (row for row in stream.rows(path) if row["id"] in kept))
-    return {"in": total, "out": count, "dropped": {"the rarest dimension has fewer": total - count}}
+    return {"in": total, "out": count, "dropped": {f"more than of {rarest}, the rarest": total - count}}
+
+
+def describe(path: Path) -> dict:
+    """What the pairs of a file are like: how many of each dimension, their lengths and distances in characters."""
+    dimensions, shapes = Counter(), []
+    for row in stream.rows(path):
+        dimensions[row["made"]["dimension"]] += 1
+        shapes.append(_shape(row["chosen"], row["rejected"], len))
+    by_dimension = {"of each dimension": dict(dimensions)} if [*dimensions] not in ([], [""]) else {}
+    return by_dimension | statistics(shapes)
 
 
 def by_task(judged: Iterable[Judged]) -> Iterator[tuple[str, list[Judged]]]:
@@ -220,8 +234,11 @@ def bound(sides: Sides, s: Settings) -> str | None:
 
 def shape(sides: Sides, s: Settings) -> tuple[float, float]:
     """Length of chosen over length of rejected, and their edit distance (Levenshtein) over the longer one's length."""
-    chosen, rejected = map(faults.target, sides)
-    return s.length(chosen) / s.length(rejected), Levenshtein.normalized_distance(chosen, rejected)
+    return _shape(*map(faults.target, sides), s.length)
+
+
+def _shape(chosen: str, rejected: str, length: Callable[[str], int]) -> tuple[float, float]:
+    return length(chosen) / length(rejected), Levenshtein.normalized_distance(chosen, rejected)
 
 
 def pair(name: str, sides: Sides, s: Settings, *, n: int) -> Pair:

@@ -11,6 +11,7 @@ says of every stage what came in, went out and was dropped, by reason.
 
 import dataclasses
 import functools
+import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -55,7 +56,10 @@ def make(c: Mapping, *, book: Path | None = None, label: str = "") -> None:
     settings, benchmarks = c["engine"][kind], decontaminate.find_files(c["seeds"]["benchmarks"])
     run = Run(c, engines.identity(kind, c["start"], **settings),
               functools.cache(lambda: engines.make(kind, c["start"], **settings)))
-    known = c | {"model": run.model, "benchmarks": {str(path): records.fingerprint(path) for path in benchmarks}}
+    known = c | {"model": run.model, "benchmarks": {str(path): records.fingerprint(path) for path in benchmarks},
+                 "judge": _identity(c["judge"]), "by": c["pairs"]["by"],
+                 "pairs": {key: value for key, value in c["pairs"].items() if key != "rules"}}
+    log.say(f"{folder}: benchmarks compared with: {', '.join(path.name for path in benchmarks) or 'none is here'}")
     with jax.set_mesh(mesh.make(**c["mesh"])):
         for name, reads in wanted(c).items():
             work, sections = STAGES[name.split("-")[0]]
@@ -101,7 +105,7 @@ def check(c: Mapping) -> None:
     wrong = [f"stages: got {name!r}, available are {[*plan(c)]}" for name in names if name not in plan(c)]
     tries = [lambda: respond.check(c["response"]["prompt"]), lambda: sandbox.backend(c["sandbox"]["backend"]),
              lambda: _check_chat(c), *(functools.partial(pair_settings, c, rule) for rule in c["pairs"]["rules"]),
-             lambda: dimensions.check(*c["dimensions"], *c["rewrite"]["dimensions"]),
+             lambda: dimensions.check(*c["dimensions"], *c["rewrite"]["dimensions"], *_scored(c)),
              *(functools.partial(Run(c, {}, None).asking, name) for name in ASKED)]
     for attempt in tries:
         try:
@@ -112,6 +116,8 @@ def check(c: Mapping) -> None:
         wrong.append("pairs.by: got 'dimension', but neither dimensions nor rewrite.dimensions names one")
     if jax.process_count() > 1 and (c["docstrings"]["ask"] or c["judge"]["kind"] == "engine"):
         wrong.append("docstrings.ask, judge.kind: a model judges on one host only")
+    if c["judge"]["kind"] == "engine" and not c["judge"]["start"]:
+        wrong.append("judge.start: expected the name or the folder of the model that judges")
     if c["judge"]["kind"] not in JUDGES:
         wrong.append(f"judge.kind: got {c['judge']['kind']!r}, available are {[*JUDGES]}")
     if wrong:
@@ -120,12 +126,20 @@ def check(c: Mapping) -> None:
 
 def pair_settings(c: Mapping, rule: str) -> dict:
     """How pairs of a rule are made; of rewrites, a task has as many as its draft passed for."""
-    settings = {key: value for key, value in c["pairs"].items() if key != "rules"}
+    settings = {key: value for key, value in c["pairs"].items() if key not in ("rules", "balance")}
     if settings["margin"] is None:
-        settings["margin"] = MARGINS[c["judge"]["kind"]] if c["pairs"]["by"] == "dimension" else 0.0
+        settings["margin"] = _margin(c)
     settings |= {"rule": rule, "seed": c["seed"], "n": 0 if c["rewrite"]["dimensions"] else c["response"]["n"]}
     pairs.Settings(**settings)
     return settings
+
+
+def _margin(c: Mapping) -> float | Mapping[str, float]:
+    """By how much chosen is better by default: a scorer's own margins, or a point of a judge's ten."""
+    by, is_static = c["pairs"]["by"], c["judge"]["kind"] == "static"
+    if by == "reward":
+        return 0.0
+    return (static.MARGINS if by == "dimension" else static.MARGINS.get(by, 0.0)) if is_static else 1.0
 
 
 def _check_inputs(name: str, sources: list[Path]) -> None:
@@ -153,7 +167,8 @@ def _seeds(run: Run, out: Path) -> dict:
 
 def _seeding(run: Run, out: Path) -> tuple[dict, dict | None]:
     """The config of the seeds, which share their folder's rules with `seeds` run alone, and who judges docstrings."""
-    judged_by = {"model": run.model, "docstrings": run.c["docstrings"], "asking": run.c["asking"]}
+    judged_by = {"model": run.model, "docstrings": run.c["docstrings"],
+                 "asking": {key: run.c["asking"][key] for key in ("chat", "brief")}}
     return run.c["seeds"] | {"run": str(out.parent)}, judged_by if run.c["docstrings"]["ask"] else None
 
 
@@ -173,7 +188,7 @@ def _responses(run: Run, out: Path, tasks: Path) -> dict:
 
 
 def _verdicts(run: Run, out: Path, responses: Path) -> dict:
-    return verify.execute(out, stream.rows(responses), **run.c["sandbox"])
+    return verify.execute(out, stream.rows(responses), total=stream.count(responses), **run.c["sandbox"])
 
 
 def _drafts(run: Run, out: Path, responses: Path, verdicts: Path) -> dict:
@@ -190,25 +205,41 @@ def _rewritten(run: Run, out: Path, drafts: Path, rewrites: Path) -> dict:
 
 def _scores(run: Run, out: Path, judged: Path) -> dict:
     how = run.c["judge"]
-    where = {key: run.c["sandbox"][key] for key in ("runner", "workers")} if how["kind"] == "static" else {}
-    return scores.score(out, stream.rows(judged), judge=JUDGES[how["kind"]](how), **where)
+    where = {"chunk": 2000}  # a model is asked from this process, about many at once
+    if how["kind"] == "static":
+        where = {key: run.c["sandbox"][key] for key in ("runner", "workers")}
+    return scores.score(out, stream.rows(judged), judge=JUDGES[how["kind"]](how), dimensions=_scored(run.c),
+                        total=stream.count(judged), **where)
 
 
 def _pairs(run: Run, out: Path, judged: Path) -> dict:
     """Make pairs, drop those that share with a benchmark, and keep as many of each dimension."""
     made_by_rule, how = out.with_name("by_rule.jsonl"), run.c["seeds"]
     settings = pair_settings(run.c, out.parent.name.removeprefix("pairs-"))
+    embed = pkgutil.resolve_name(run.c["embed"]) if run.c["embed"] else None
     made = pairs.make(made_by_rule, _judged(judged), **settings)
     clean = decontaminate.clean(out.parent, made_by_rule, fields=("prompt", "chosen", "rejected"),
                                 benchmarks=how["benchmarks"], runner=how["runner"],
-                                workers=min(how["workers"], 1 + made["out"] // 1000))
-    even = pairs.balance(out, out.with_name("clean.jsonl"), seed=run.c["seed"])
-    dropped = Counter(made["dropped"]) + clean["dropped"] + Counter(even["dropped"])
-    return made | {"out": even["out"], "dropped": dict(dropped.most_common())}
+                                workers=min(how["workers"], 1 + made["out"] // 1000), embed=embed)
+    even = pairs.balance(out, out.with_name("clean.jsonl"), seed=run.c["seed"], is_on=run.c["pairs"]["balance"])
+    dropped = Counter(made["dropped"]) + clean.get("dropped", Counter()) + Counter(even["dropped"])
+    return made | {"out": even["out"], "dropped": dict(dropped.most_common())} | pairs.describe(out)
 
 
 def _judged(path: Path) -> Iterator[Judged]:
     return (Judged(**row) for row in stream.rows(path))
+
+
+def _scored(c: Mapping) -> tuple[str, ...]:
+    """The dimension that every response is scored on; none if each is scored on its own."""
+    return () if c["pairs"]["by"] in ("reward", "dimension") else (c["pairs"]["by"],)
+
+
+def _identity(how: Mapping) -> dict:
+    """What names a judge."""
+    kind = how["engine"]["kind"]
+    return {"kind": how["kind"]} | (engines.identity(kind, how["start"], **how["engine"][kind])
+                                    if how["kind"] == "engine" else {})
 
 
 def _rater(how: Mapping) -> Callable:
@@ -217,7 +248,6 @@ def _rater(how: Mapping) -> Callable:
 
 
 JUDGES = {"static": lambda how: static.judge, "engine": _rater}
-MARGINS = {"static": static.MARGINS, "engine": 1.0}  # by how much chosen is better: a point of ten
 
 SHARED = (_concepts, _tasks, _responses, _verdicts, _rewrites, _rewritten)  # what several hosts do together
 
@@ -230,8 +260,8 @@ STAGES = {  # the work, and what decides what it writes
     "drafts": (_drafts, ("rewrite", "seed")),
     "rewrites": (_rewrites, ("model", "asking", "rewrite", "seed")),
     "rewritten": (_rewritten, ("sandbox",)),
-    "scores": (_scores, ("judge",)),
-    "pairs": (_pairs, ("pairs", "benchmarks", "seed")),
+    "scores": (_scores, ("judge", "by")),
+    "pairs": (_pairs, ("pairs", "benchmarks", "embed", "seed")),
 }
 
 

@@ -39,7 +39,8 @@ def respond(out: Path, tasks: Path, engine: Engine, asking: Asking, *, prompt: s
                         tests=[*found.tests], dimension=row["dimension"])
 
     return write.stage(out, dimensions.deal(stream.rows(tasks), names), engine, name="response", asking=asking,
-                       fields=lambda row: {"instruction": row["instruction"]} | _principle(row), parse=parse)
+                       fields=lambda row: {"instruction": row["instruction"]} | _principle(row), parse=parse,
+                       total=stream.count(tasks))
 
 
 def drafts(out: Path, responses: Path, judged: Path, *, names: Sequence[str], seed: int) -> dict:
@@ -50,7 +51,7 @@ def drafts(out: Path, responses: Path, judged: Path, *, names: Sequence[str], se
         both = zip(stream.rows(responses), stream.rows(judged), strict=True)
         for _, group in itertools.groupby(both, key=lambda sides: sides[0]["task_id"]):
             next(num_tasks)
-            passed = [response for response, verdict in group if verdict["status"] == "passed"]
+            passed = [response for response, verdict in group if _passed(response, verdict)]
             if passed:
                 yield min(passed, key=lambda row: records.fingerprint(seed, row["id"]))
 
@@ -69,7 +70,8 @@ def rewrite(out: Path, drafts: Path, engine: Engine, asking: Asking) -> dict:
         return Response(**row | {"id": written.id, "completion": written.completion, "finish": written.finish,
                                  "solution_text": found.response, "program": found.program})
 
-    return write.stage(out, stream.rows(drafts), engine, name="rewrite", fields=fields, parse=parse, asking=asking)
+    return write.stage(out, stream.rows(drafts), engine, name="rewrite", fields=fields, parse=parse, asking=asking,
+                       total=stream.count(drafts))
 
 
 def side_by_side(drafts: Path, rewrites: Path) -> Iterator[dict]:
@@ -78,6 +80,12 @@ def side_by_side(drafts: Path, rewrites: Path) -> Iterator[dict]:
     for task_id, group in itertools.groupby(stream.rows(rewrites), key=itemgetter("task_id")):
         yield next(draft for draft in first if draft["task_id"] == task_id)
         yield from group
+
+
+def _passed(response: Mapping, verdict: Mapping) -> bool:
+    if response["id"] != verdict["id"]:
+        raise ValueError(f"verdicts: got that on {verdict['id']!r}, expected that on {response['id']!r}")
+    return verdict["status"] == "passed"
 
 
 def check(prompt: str) -> None:

@@ -153,6 +153,12 @@ def rows(path: Path) -> Iterator[dict]:
         yield from map(json.loads, file)
 
 
+def count(path: Path) -> int:
+    """Count the rows of a JSONL file of our own making."""
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
 def tell(count: Counter) -> str:
     """Say a count by reason, the most frequent first."""
     return ", ".join(f"{number:,} {reason}" for reason, number in count.most_common()) or "none"

@@ -20,6 +20,7 @@ from align_jax import log, mesh, records, sandbox, text
 from align_jax.records import Judged, Problem, Sample
 from align_jax.synth import stream
 
+SHARE = 256  # responses in a row that one of several hosts takes
 KEPT = ("id", "task_id", "prompt", "completion", "finish", "solution_text", "dimension")  # of a response
 
 
@@ -32,7 +33,7 @@ def execute(out: Path, responses: Iterable[dict], *, backend: str = "auto", work
     host, hosts = jax.process_index(), jax.process_count()
     names = [f"{out.stem}-{k}-of-{hosts}" for k in range(hosts)]
     if not out.is_file():
-        part, mine = out.with_name(f"{names[host]}.jsonl"), _share(responses, chunk, host, hosts)
+        part, mine = out.with_name(f"{names[host]}.jsonl"), _share(responses, host, hosts)
         work = functools.partial(judge, backend=sandbox.backend(backend), limits=sandbox.Limits(**limits))
         with stream.Journal(out.with_name(f"{names[host]}.json"), [part]) as journal:
             left = stream.chunks(itertools.islice(mine, journal.done, None), chunk)
@@ -43,7 +44,7 @@ def execute(out: Path, responses: Iterable[dict], *, backend: str = "auto", work
                     bar.update(len(judged))
         mesh.wait_for_hosts("executed")
         if host == 0:
-            records.write(out, _joined([out.with_name(f"{name}.jsonl") for name in names], chunk))
+            records.write(out, _joined([out.with_name(f"{name}.jsonl") for name in names]))
         mesh.wait_for_hosts("joined")
     counts = [stream.counts(out.with_name(f"{name}.json")) for name in names]  # {} of a host whose share was empty
     verdicts = sum((count.get("verdicts", Counter()) for count in counts), Counter())
@@ -80,19 +81,19 @@ def run_distinct(jobs: Iterable[tuple[str, tuple[str, ...]]], **how) -> dict[tup
     return dict(zip(distinct, sandbox.run_many(distinct, **how), strict=True))
 
 
-def _share(rows: Iterable[dict], chunk: int, host: int, hosts: int) -> Iterator[dict]:
-    """The rows of a host: those of every hosts-th chunk."""
-    for number, rows_of_one in enumerate(stream.chunks(rows, chunk)):
+def _share(rows: Iterable[dict], host: int, hosts: int) -> Iterator[dict]:
+    """The rows of a host, whatever its chunks."""
+    for number, rows_of_one in enumerate(stream.chunks(rows, SHARE)):
         if number % hosts == host:
             yield from rows_of_one
 
 
-def _joined(parts: Sequence[Path], chunk: int) -> Iterator[dict]:
+def _joined(parts: Sequence[Path]) -> Iterator[dict]:
     """The rows of all hosts in the order that `_share` found them in."""
     for rows in itertools.cycle([stream.rows(part) for part in parts]):
-        found = list(itertools.islice(rows, chunk))
+        found = list(itertools.islice(rows, SHARE))
         yield from found
-        if len(found) < chunk:
+        if len(found) < SHARE:
             return
 
 

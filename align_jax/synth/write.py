@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from align_jax import engine as engines
-from align_jax import log, mesh, sample
+from align_jax import log, mesh, records, sample
 from align_jax.engine import Engine
 from align_jax.records import Overlap, Sample, Text
 from align_jax.synth import prompts, stream
@@ -77,7 +77,9 @@ def stage(out: Path, source: Iterable[Row], engine: Engine, *, name: str, fields
         rows = itertools.islice(source, journal.done, None)
         with log.progress(what=out.stem, unit="record", total=total, done=journal.done) as bar:
             for shard in stream.chunks(rows, asking.shard):
-                answers = out.with_name(f"answers-{journal.done}.jsonl")
+                # Named by what is asked: with another `shard` the next one is not the one that was begun.
+                ids = records.fingerprint([row["id"] for row in shard])
+                answers = out.with_name(f"answers-{journal.done}-{ids}.jsonl")
                 found, dropped = _shard(answers, shard, engine, name, fields, parse, asking)
                 new, refused = {part: found}, Counter()
                 if choose:
