@@ -992,7 +992,7 @@ def _bugs(sketch: Sketch, style: str) -> list[str]:
 
 
 def problem(rng: random.Random, family: str = "") -> dict:
-    """Make one problem in EvalPlus' format, with its `styles` (right bodies) and `bugs` (wrong ones)."""
+    """Make one problem in EvalPlus' format, with its `styles` (right bodies), `bugs` (wrong ones) and `instruction`."""
     while True:
         sketch = _sketch(rng, family)
         styles = list(dict.fromkeys(_body(style) for style in sketch.styles))
@@ -1011,12 +1011,14 @@ def problem(rng: random.Random, family: str = "") -> dict:
         wrong = [bug for bug, fails in wrong.items() if fails & chosen]
         if not wrong:
             continue
+        apart = random.Random(sketch.prompt)  # so that what is said of a problem does not change the next one
         lines = [f"    assert candidate({', '.join(map(repr, (base + plus)[i]))}) == {outcomes[i]!r}" for i in sorted(chosen)]
         return {
             "task_id": "", "prompt": sketch.prompt, "entry_point": sketch.entry_point, "canonical_solution": body,
             "base_input": base, "plus_input": plus, "atol": 0.0, "contract": "",
             "test": "def check(candidate):\n" + "\n".join(lines) + "\n",
             "family": sketch.family, "combination": sketch.combination, "styles": styles, "bugs": wrong,
+            "instruction": instruction(sketch, examples(sketch, apart, 2), apart),
         }
 
 
@@ -1054,18 +1056,35 @@ def examples(sketch: Sketch, rng: random.Random, count: int) -> list[tuple[list,
     """
     right, careless = ({_body(style, careless=habit) for style in sketch.styles} for habit in (False, True))
     cases = _short_cases(sketch, sorted(right), rng)
-    slips = sorted({bug for style in sketch.styles for bug in _bugs(sketch, style)} - right - careless)
-    wrong = [*sorted(careless - right), *rng.sample(slips, min(8, len(slips)))]
-    functions = [_load(sketch.prompt + body, sketch.entry_point) for body in wrong]
-    fails = [{i for i, function in enumerate(functions) if not _same(_call(function, args), result)}
-             for args, result in cases]
-    chosen, habit = [], set(range(len(careless - right)))
-    while len(chosen) < min(count, len({repr(result) for _, result in cases})):
-        told = set().union(*(fails[k] for k in chosen))
-        left = [k for k, (_, result) in enumerate(cases) if repr(result) not in {repr(cases[j][1]) for j in chosen}]
-        chosen.append(max(left, key=lambda k: 9 * len(fails[k] & habit - told) + 4 * len(fails[k] - told)  # noqa: B023
-                          - len(repr(cases[k]))))
-    return [cases[k] for k in chosen] if len({repr(result) for _, result in cases}) > 1 else []
+    results = [repr(result) for _, result in cases]
+    if len(set(results)) < 2:
+        return []
+    habits, slips = sorted(careless - right), sorted({*_bugs(sketch, rng.choice(sketch.styles))} - right - careless)
+    wrong = [_load(sketch.prompt + body, sketch.entry_point) for body in (*habits, *rng.sample(slips, min(8, len(slips))))]
+    fails = [{i for i, function in enumerate(wrong) if not _same(_call(function, args), result)} for args, result in cases]
+    chosen: list[int] = []
+
+    def worth(case: int) -> int:  # a careless author is worth most, then other wrong bodies, then a short call
+        fresh = fails[case].difference(*(fails[other] for other in chosen))
+        return 9 * sum(i < len(habits) for i in fresh) + 4 * len(fresh) - len(repr(cases[case]))
+
+    for _ in range(min(count, len(set(results)))):
+        shown = {results[case] for case in chosen}
+        chosen.append(max((case for case, result in enumerate(results) if result not in shown), key=worth))
+    return [cases[case] for case in chosen]
+
+
+def instruction(sketch: Sketch, calls: Sequence[tuple[list, Any]], rng: random.Random) -> str:
+    """Ask for a function in words: its signature, what it does, and examples."""
+    asked = rng.choice(("Write a Python function", "Write a function", "Implement the function"))
+    signature = f"{sketch.entry_point}({', '.join(sketch.names)})"
+    shown = " and ".join(f"`{spell(sketch, args)}` returns {result!r}" for args, result in calls)
+    return f"{asked} `{signature}`. {sketch.doc}{f' For example, {shown}.' if shown else ''}"
+
+
+def spell(sketch: Sketch, args: Sequence) -> str:
+    """Write a call."""
+    return f"{sketch.entry_point}({', '.join(map(repr, args))})"
 
 
 def _short_cases(sketch: Sketch, right: Sequence[str], rng: random.Random) -> list[tuple[list, Any]]:

@@ -161,21 +161,9 @@ def _answer(program: dict, body: str, manner: Manner, rng: random.Random) -> str
 # ---- the stages ----------------------------------------------------------------------------------
 
 
-def _call(program: dict, args: list) -> str:
-    return f"{program['entry_point']}({', '.join(map(repr, args))})"
-
-
-def instruction(program: dict, calls: Sequence[tuple[list, Any]], rng: random.Random) -> str:
-    """Ask for a program: its signature, what it does, and examples."""
-    asked = rng.choice(("Write a Python function", "Write a function", "Implement the function"))
-    signature = f"{program['entry_point']}({', '.join(program['sketch'].names)})"
-    shown = [f"`{_call(program, args)}` returns {result!r}" for args, result in calls]
-    example = f" For example, {' and '.join(shown)}." if shown else ""
-    return f"{asked} `{signature}`. {program['sketch'].doc}{example}"
-
-
-def _tests(program: dict, calls: Sequence[tuple[list, Any]]) -> str:
-    lines = [f"assert {_call(program, args)} {'is' if result is None else '=='} {result!r}" for args, result in calls]
+def _tests(sketch: pocket_problems.Sketch, calls: Sequence[tuple[list, Any]]) -> str:
+    lines = [f"assert {pocket_problems.spell(sketch, args)} {'is' if result is None else '=='} {result!r}"
+             for args, result in calls]
     return "\n".join(["```python", *lines, "```"])
 
 
@@ -187,7 +175,7 @@ def fields(stage: str, program: dict, rng: random.Random) -> dict[str, str]:
     calls = pocket_problems.examples(program["sketch"], rng, rng.choice((1, 2, 2)))
     if not calls:
         return {}
-    found = {"instruction": instruction(program, calls if rng.random() < 0.95 else (), rng)}
+    found = {"instruction": pocket_problems.instruction(program["sketch"], calls if rng.random() < 0.95 else (), rng)}
     return found | {"instruction": _properties, "response": _response, "rewrite": _rewrite}[stage](program, calls, rng)
 
 
@@ -203,7 +191,7 @@ def _response(program: dict, calls: Sequence[tuple[list, Any]], rng: random.Rand
     tests = calls + [case for case in own if case not in calls]
     return _principle(dimension, rng) | {
         "response": _answer(program, program["solution"], MANNERS.get(dimension, Manner()), rng),
-        "tests": _tests(program, tests)}
+        "tests": _tests(program["sketch"], tests)}
 
 
 def _rewrite(program: dict, calls: Sequence[tuple[list, Any]], rng: random.Random) -> dict[str, str]:
