@@ -1,11 +1,12 @@
 """Make the pocket pair: `pocket` (pretrained), `pocket-instruct`, and the two problem sets beside them.
 
-    python tools/make_pocket.py --out=align_jax/pocket --work=runs/pocket        (about 20 minutes on 2 cores)
+    python tools/make_pocket.py --out=align_jax/pocket --work=runs/pocket        (about 25 minutes on 2 cores)
 
-The pair is trained by align_jax's own trainer: `pocket` on procedurally made programs, right and wrong ones, and on
-functions of the standard library; `pocket-instruct` goes on from it with chat-formatted answers. PocketEval is
-the held-out benchmark and PocketPref the problems that preference pairs are sampled on; no program of PocketEval,
-by normalised code, is in anything that is trained on.
+The pair is trained by align_jax's own trainer: `pocket` on procedurally made programs, right and wrong ones, and
+on the stages of `align_jax.synth` as text; `pocket-instruct` goes on from it
+with chats: answers to EvalPlus' prompt, and the stages again. So both can make preference pairs of their own.
+PocketEval is the held-out benchmark, and PocketPref has problems with tests that self-made labels are held against; no
+program of PocketEval, by normalised code, and no text of it is in anything that is trained on.
 """
 
 import itertools
@@ -33,8 +34,8 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("out", "align_jax/pocket", "Folder to write the pair and the problems to")
 flags.DEFINE_string("work", "runs/pocket", "Folder for the training runs; a killed run continues")
 flags.DEFINE_integer("seed", 0, "Everything is drawn from this")
-flags.DEFINE_integer("pretrain", 60_000, "Programs that pocket reads")
-flags.DEFINE_integer("instruct", 24_000, "Answers that pocket-instruct reads on top")
+flags.DEFINE_integer("pretrain", 54_000, "Documents that pocket reads")
+flags.DEFINE_integer("instruct", 26_000, "Documents that pocket-instruct reads on top")
 
 VOCAB = 1024
 SPECIAL = ["<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -46,12 +47,12 @@ SPLIT = r"\p{N}|[^\r\n\p{L}\p{N}]?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s
 # So that there is something to align: most authors have one bad habit (pocket_problems._HABIT: off by one, careless of
 # signs), which matters in a quarter of the programs and which execution can show to be wrong; some make a random slip.
 SLIPS = {"pretrain": {"careless": 0.7, "noise": 0.15}, "instruct": {"careless": 0.6, "noise": 0.1}}
-# What a run reads of: programs whole, or as the answer to EvalPlus' prompt; functions of the standard library; and the
-# stages of align_jax.synth, told of programs or, "library concepts", of functions of the standard library.
-MIX = {"pretrain": {"program": 0.46, "library": 0.03, "library concepts": 0.03, "concepts": 0.02, "instruction": 0.11,
-                    "response": 0.32, "rewrite": 0.03},
-       "instruct": {"answer": 0.40, "library concepts": 0.03, "concepts": 0.02, "instruction": 0.14, "response": 0.37,
-                    "rewrite": 0.04}}
+# What a run reads: programs whole, or as the answer to EvalPlus' prompt; and the stages of align_jax.synth, told of
+# programs or, "library concepts", of functions of the standard library.
+MIX = {"pretrain": {"program": 0.48, "library concepts": 0.03, "concepts": 0.02, "instruction": 0.12, "response": 0.32,
+                    "rewrite": 0.03},
+       "instruct": {"answer": 0.40, "library concepts": 0.02, "concepts": 0.02, "instruction": 0.14, "response": 0.39,
+                    "rewrite": 0.03}}
 
 
 def main(_) -> None:
@@ -75,19 +76,18 @@ def main(_) -> None:
 
     with jax.set_mesh(mesh.make()):
         params = model.init(cfg, FLAGS.seed)
-    # Short rows: attention over few positions is what a CPU is quick at, and nearly every program fits.
-    pocket = train(recipe(work / "pocket", blank, files["pretrain"], lr=4e-3, row_length=384), params=params)
-    instruct = train(recipe(work / "pocket-instruct", pocket, files["instruct"], lr=2e-3, row_length=384))
+    # Short rows: attention over few positions is what a CPU is quick at, and nearly every document fits.
+    pocket = train(recipe(work / "pocket", blank, files["pretrain"], lr=4e-3), params=params)
+    instruct = train(recipe(work / "pocket-instruct", pocket, files["instruct"], lr=2e-3))
     for name, folder in {"pocket": pocket, "pocket-instruct": instruct}.items():
         shutil.copytree(folder, out / name, dirs_exist_ok=True)
         print(f"wrote {out / name}: {sum(f.stat().st_size for f in (out / name).iterdir()) / 1e6:.1f} MB")
 
 
-def recipe(run: Path, start: Path, path: Path, *, lr: float, row_length: int) -> dict:
+def recipe(run: Path, start: Path, path: Path, *, lr: float) -> dict:
     """The config of one training run, in the form of configs/sft.py."""
     return {"run": str(run), "start": str(start), "seed": FLAGS.seed, "steps": 0,
-            "data": {"path": str(path), "kind": "examples", "row_length": row_length,
-                     "rows_per_batch": 12, "epochs": 1},
+            "data": {"path": str(path), "kind": "examples", "row_length": 320, "rows_per_batch": 14, "epochs": 1},
             "objective": {"name": "sft"},
             "optim": {"lr": lr, "warmup": 0.03, "decay": "linear", "b2": 0.98, "weight_decay": 0.01},
             "compute": {"dtype": "float32", "remat": "none", "chunk": 256},
@@ -103,8 +103,6 @@ def documents(programs: Iterator[dict], library: list[str], mix: dict[str, float
             seed = rng.choice(library)
             values = {"seed": seed, "concepts": ", ".join(pocket_stages.some_concepts(seed, rng))}
             yield pocket_stages.document("concepts", f"{kind}-{index}", values, chat=chat)
-        elif kind == "library":
-            yield Example(id=f"{kind}-{index}", prompt="", completion=rng.choice(library))
         elif kind in WHOLE:
             yield WHOLE[kind](f"{kind}-{index}", next(programs))
         elif values := pocket_stages.fields(kind, next(risky), rng):

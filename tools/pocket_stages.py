@@ -22,7 +22,7 @@ from align_jax.records import Example
 from align_jax.synth import dimensions, prompts
 
 RISKY = 0.5  # at least this share of the tasks that the stages speak of are such that the habit shows
-PRINCIPLED = 0.3  # share of the responses that heed a principle
+PRINCIPLED = 0.2  # share of the responses that heed a principle
 
 
 # ---- what a program is about ---------------------------------------------------------------------
