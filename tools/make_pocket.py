@@ -34,8 +34,8 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("out", "align_jax/pocket", "Folder to write the pair and the problems to")
 flags.DEFINE_string("work", "runs/pocket", "Folder for the training runs; a killed run continues")
 flags.DEFINE_integer("seed", 0, "Everything is drawn from this")
-flags.DEFINE_integer("pretrain", 54_000, "Documents that pocket reads")
-flags.DEFINE_integer("instruct", 26_000, "Documents that pocket-instruct reads on top")
+flags.DEFINE_integer("pretrain", 60_000, "Documents that pocket reads")
+flags.DEFINE_integer("instruct", 24_000, "Documents that pocket-instruct reads on top")
 
 VOCAB = 1024
 SPECIAL = ["<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -49,10 +49,10 @@ SPLIT = r"\p{N}|[^\r\n\p{L}\p{N}]?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s
 SLIPS = {"pretrain": {"careless": 0.7, "noise": 0.15}, "instruct": {"careless": 0.6, "noise": 0.1}}
 # What a run reads: programs whole, or as the answer to EvalPlus' prompt; and the stages of align_jax.synth, told of
 # programs or, "library concepts", of functions of the standard library.
-MIX = {"pretrain": {"program": 0.48, "library concepts": 0.03, "concepts": 0.02, "instruction": 0.12, "response": 0.32,
-                    "rewrite": 0.03},
-       "instruct": {"answer": 0.40, "library concepts": 0.02, "concepts": 0.02, "instruction": 0.14, "response": 0.39,
-                    "rewrite": 0.03}}
+MIX = {"pretrain": {"program": 0.57, "library concepts": 0.02, "concepts": 0.02, "instruction": 0.11, "response": 0.26,
+                    "rewrite": 0.02},
+       "instruct": {"answer": 0.43, "library concepts": 0.02, "concepts": 0.02, "instruction": 0.15, "response": 0.36,
+                    "rewrite": 0.02}}
 
 
 def main(_) -> None:
@@ -77,8 +77,8 @@ def main(_) -> None:
     with jax.set_mesh(mesh.make()):
         params = model.init(cfg, FLAGS.seed)
     # Short rows: attention over few positions is what a CPU is quick at, and nearly every document fits.
-    pocket = train(recipe(work / "pocket", blank, files["pretrain"], lr=4e-3), params=params)
-    instruct = train(recipe(work / "pocket-instruct", pocket, files["instruct"], lr=2e-3))
+    pocket = train(recipe(work / "pocket", blank, files["pretrain"], lr=3e-3), params=params)
+    instruct = train(recipe(work / "pocket-instruct", pocket, files["instruct"], lr=1.5e-3))
     for name, folder in {"pocket": pocket, "pocket-instruct": instruct}.items():
         shutil.copytree(folder, out / name, dirs_exist_ok=True)
         print(f"wrote {out / name}: {sum(f.stat().st_size for f in (out / name).iterdir()) / 1e6:.1f} MB")
@@ -87,7 +87,7 @@ def main(_) -> None:
 def recipe(run: Path, start: Path, path: Path, *, lr: float) -> dict:
     """The config of one training run, in the form of configs/sft.py."""
     return {"run": str(run), "start": str(start), "seed": FLAGS.seed, "steps": 0,
-            "data": {"path": str(path), "kind": "examples", "row_length": 320, "rows_per_batch": 14, "epochs": 1},
+            "data": {"path": str(path), "kind": "examples", "row_length": 320, "rows_per_batch": 7, "epochs": 1},
             "objective": {"name": "sft"},
             "optim": {"lr": lr, "warmup": 0.03, "decay": "linear", "b2": 0.98, "weight_decay": 0.01},
             "compute": {"dtype": "float32", "remat": "none", "chunk": 256},

@@ -1064,9 +1064,10 @@ def examples(sketch: Sketch, rng: random.Random, count: int) -> list[tuple[list,
     fails = [{i for i, function in enumerate(wrong) if not _same(_call(function, args), result)} for args, result in cases]
     chosen: list[int] = []
 
-    def worth(case: int) -> int:  # a careless author is worth most, then other wrong bodies, then a short call
+    def worth(case: int) -> int:  # a careless author is worth most, then other wrong bodies, then what is easy
         fresh = fails[case].difference(*(fails[other] for other in chosen))
-        return 9 * sum(i < len(habits) for i in fresh) + 4 * len(fresh) - len(repr(cases[case]))
+        easy = 6 * is_plain(sketch, *cases[case]) - len(repr(cases[case]))
+        return 9 * sum(i < len(habits) for i in fresh) + 4 * len(fresh) + easy
 
     for _ in range(min(count, len(set(results)))):
         shown = {results[case] for case in chosen}
@@ -1077,14 +1078,19 @@ def examples(sketch: Sketch, rng: random.Random, count: int) -> list[tuple[list,
 def instruction(sketch: Sketch, calls: Sequence[tuple[list, Any]], rng: random.Random) -> str:
     """Ask for a function in words: its signature, what it does, and examples."""
     asked = rng.choice(("Write a Python function", "Write a function", "Implement the function"))
-    signature = f"{sketch.entry_point}({', '.join(sketch.names)})"
-    shown = " and ".join(f"`{spell(sketch, args)}` returns {result!r}" for args, result in calls)
-    return f"{asked} `{signature}`. {sketch.doc}{f' For example, {shown}.' if shown else ''}"
+    shown = "\n".join(["\nExamples:", *(check(sketch, *call) for call in calls)]) if calls else ""
+    return f"{asked} `{sketch.entry_point}({', '.join(sketch.names)})`. {sketch.doc}{shown}"
 
 
-def spell(sketch: Sketch, args: Sequence) -> str:
-    """Write a call."""
-    return f"{sketch.entry_point}({', '.join(map(repr, args))})"
+def check(sketch: Sketch, args: Sequence, result: Any) -> str:
+    """Assert the result of a call."""
+    return f"assert {sketch.entry_point}({', '.join(map(repr, args))}) {'is' if result is None else '=='} {result!r}"
+
+
+def is_plain(sketch: Sketch, args: Sequence, result: Any) -> bool:
+    """Whether every number and word of a result is to be seen in the arguments or in the text, or is 0 or 1."""
+    literals = lambda text: set(re.findall(r"\d+|'[^']*'", text))
+    return literals(repr(result)) <= literals(f"{args} {sketch.doc}") | {"0", "1", "''"}
 
 
 def _short_cases(sketch: Sketch, right: Sequence[str], rng: random.Random) -> list[tuple[list, Any]]:

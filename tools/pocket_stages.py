@@ -21,7 +21,8 @@ import pocket_problems
 from align_jax.records import Example
 from align_jax.synth import dimensions, prompts
 
-RISKY = 0.5  # at least this share of the tasks that the stages speak of are such that the habit shows
+HARMLESS = 0.5  # share of the programs in which the habit does not show that the stages speak of
+HARD = 0.3  # share of the programs kept whose examples take more than copying to work out
 PRINCIPLED = 0.2  # share of the responses that heed a principle
 
 
@@ -109,9 +110,9 @@ def difficulty(code: str) -> str:
 class Manner(NamedTuple):
     """How often an answer has a sentence of explanation (up to three times), a docstring, comments and type hints."""
 
-    prose: float = 0.3
+    prose: float = 0.25
     docstring: float = 0.15
-    comments: float = 0.1
+    comments: float = 0.05
     hints: float = 0.06
 
 
@@ -121,7 +122,7 @@ MANNERS = {  # by dimension; the others are not to be seen in the form of an ans
     "readability": Manner(docstring=0.7, comments=0.4, hints=0.2),
     "style": Manner(prose=0.15, docstring=0.7, comments=0.1, hints=0.7),
 }
-COMMENTS = {"for": "# go through all of them", "while": "# go on until it is done", "if": "# what is it?",
+COMMENTS = {"for": "# go through all of them", "while": "# go on until it is done", "if": "# tell the cases apart",
             "return": "# this is what was asked for"}
 
 
@@ -161,21 +162,17 @@ def _answer(program: dict, body: str, manner: Manner, rng: random.Random) -> str
 # ---- the stages ----------------------------------------------------------------------------------
 
 
-def _tests(sketch: pocket_problems.Sketch, calls: Sequence[tuple[list, Any]]) -> str:
-    lines = [f"assert {pocket_problems.spell(sketch, args)} {'is' if result is None else '=='} {result!r}"
-             for args, result in calls]
-    return "\n".join(["```python", *lines, "```"])
-
-
 def fields(stage: str, program: dict, rng: random.Random) -> dict[str, str]:
-    """Make what a stage is given and asked for, of a program; nothing, if no short call tells anything of it."""
+    """Make what a stage is given and asked for, of a program; nothing, if its examples tell nothing or are hard."""
     code = program["prompt"] + program["right"]
     if stage == "concepts":
         return {"seed": code, "concepts": ", ".join(some_concepts(code, rng))}
-    calls = pocket_problems.examples(program["sketch"], rng, rng.choice((1, 2, 2)))
-    if not calls:
+    sketch = program["sketch"]
+    calls = pocket_problems.examples(sketch, rng, rng.choice((1, 2, 2)))
+    is_hard = not all(pocket_problems.is_plain(sketch, *call) for call in calls)
+    if not calls or (is_hard and rng.random() > HARD):
         return {}
-    found = {"instruction": pocket_problems.instruction(program["sketch"], calls if rng.random() < 0.95 else (), rng)}
+    found = {"instruction": pocket_problems.instruction(sketch, calls if rng.random() < 0.97 else (), rng)}
     return found | {"instruction": _properties, "response": _response, "rewrite": _rewrite}[stage](program, calls, rng)
 
 
@@ -188,10 +185,10 @@ def _properties(program: dict, calls: Sequence[tuple[list, Any]], rng: random.Ra
 def _response(program: dict, calls: Sequence[tuple[list, Any]], rng: random.Random) -> dict[str, str]:
     dimension = rng.choice((*dimensions.DIMENSIONS,)) if rng.random() < PRINCIPLED else ""
     own = pocket_problems.examples(program["sketch"], rng, 1) if rng.random() < 0.06 else []
-    tests = calls + [case for case in own if case not in calls]
+    tests = [pocket_problems.check(program["sketch"], *call) for call in (*calls, *own)]
     return _principle(dimension, rng) | {
         "response": _answer(program, program["solution"], MANNERS.get(dimension, Manner()), rng),
-        "tests": _tests(program["sketch"], tests)}
+        "tests": "\n".join(["```python", *dict.fromkeys(tests), "```"])}
 
 
 def _rewrite(program: dict, calls: Sequence[tuple[list, Any]], rng: random.Random) -> dict[str, str]:
@@ -217,9 +214,9 @@ def document(stage: str, id: str, values: dict[str, str], *, chat: bool) -> Exam
 
 
 def telling(programs: Iterable[dict], rng: random.Random) -> Iterator[dict]:
-    """Choose programs in which the habit shows, and about as many others."""
+    """Choose the programs in which the habit shows, and a share of the others."""
     for program in programs:
-        if program["is_risky"] or rng.random() < RISKY:
+        if program["is_risky"] or rng.random() < HARMLESS:
             yield program
 
 
