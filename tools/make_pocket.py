@@ -2,9 +2,9 @@
 
     python tools/make_pocket.py --out=align_jax/pocket --work=runs/pocket        (about 25 minutes on 2 cores)
 
-The pair is trained by align_jax's own trainer: `pocket` on procedurally made programs, right and wrong ones, and
-on the stages of `align_jax.synth` as text; `pocket-instruct` goes on from it
-with chats: answers to EvalPlus' prompt, and the stages again. So both can make preference pairs of their own.
+The pair is trained by align_jax's own trainer: `pocket` on procedurally made programs, right and wrong ones, and on the
+stages of `align_jax.synth` told of such programs; `pocket-instruct` goes on from it with chats, which are answers to
+EvalPlus' prompt and the stages again. So both can make preference pairs of their own.
 PocketEval is the held-out benchmark, and PocketPref has problems with tests that self-made labels are held against; no
 program of PocketEval, by normalised code, and no text of it is in anything that is trained on.
 """
