@@ -3,6 +3,8 @@
 import ast
 import importlib
 import itertools
+import random
+import re
 import sys
 from pathlib import Path
 
@@ -67,15 +69,23 @@ def test_the_benchmark_has_enough_problems_of_many_families(problems):
 
 
 def test_no_problem_of_the_benchmark_is_trained_on(problems):
-    """By program shape, against the preference problems and the start of both training streams."""
+    """By program shape and by what is asked, in the preference problems and the start of what both runs read."""
     make, families = tool("make_pocket"), tool("pocket_problems")
     held = {shape_of(p.prompt + p.canonical_solution) for p in problems}
+    asked = {families.docstring(p.prompt) for p in problems}
     preference = records.read(POCKET / "PocketPref.jsonl.gz", Problem)
     assert not held & {shape_of(p.prompt + p.canonical_solution) for p in preference}
     held_out = families.held_out(records.rows(POCKET / "PocketEval.jsonl.gz"))
-    for seed, (stage, slips) in enumerate(make.SLIPS.items(), 1):
-        stream = itertools.islice(families.corpus(seed, held_out, **slips), 4000)
-        assert not [stage for p in stream if shape_of(p["prompt"] + p["solution"]) in held]
+    for seed, (run, slips) in enumerate(make.SLIPS.items(), 1):
+        stream = make.documents(families.corpus(seed, held_out, **slips), ["def f(x):\n    return x\n"], make.MIX[run],
+                                random.Random(seed), chat=run == "instruct")
+        kinds = set()
+        for document in itertools.islice(stream, 3000):
+            whole = "\n".join(m["content"] for m in document.prompt or ()) + "\n" + document.completion
+            shapes = {shape_of(code) for code in re.findall(r"^def .*(?:\n    .*)+", whole, re.MULTILINE)}
+            assert not shapes & held and not [text for text in asked if text in whole]
+            kinds.add(document.id.split("-")[0])
+        assert kinds == set(make.MIX[run])
 
 
 def test_the_problem_sets_are_what_the_tool_makes():

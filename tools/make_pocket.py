@@ -1,38 +1,41 @@
 """Make the pocket pair: `pocket` (pretrained), `pocket-instruct`, and the two problem sets beside them.
 
-    python tools/make_pocket.py --out=align_jax/pocket --work=runs/pocket        (about 20 minutes on 2 cores)
+    python tools/make_pocket.py --out=align_jax/pocket --work=runs/pocket        (about 25 minutes on 2 cores)
 
-The pair is trained by align_jax's own trainer: `pocket` on procedurally made programs, right and wrong ones, and on
-functions of the standard library; `pocket-instruct` goes on from it with chat-formatted answers. PocketEval is
-the held-out benchmark and PocketPref the problems that preference pairs are sampled on; no program of PocketEval,
-by normalised code, is in anything that is trained on.
+The pair is trained by align_jax's own trainer: `pocket` on procedurally made programs, right and wrong ones, and on the
+stages of `align_jax.synth` told of such programs; `pocket-instruct` goes on from it with chats, which are answers to
+EvalPlus' prompt and the stages again. So both can make preference pairs of their own.
+PocketEval is the held-out benchmark, and PocketPref has problems with tests that self-made labels are held against; no
+program of PocketEval, by normalised code, and no text of it is in anything that is trained on.
 """
 
-import ast
 import itertools
 import json
 import random
+import runpy
 import shutil
-import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pocket_problems
+import pocket_stages
 from absl import app, flags, logging
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from align_jax import hf, mesh, model, records
-from align_jax.records import Example, Problem
+from align_jax.records import Example, Problem, Seed
 from align_jax.score import evalplus
+from align_jax.synth import seeds
 from align_jax.train import train
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("out", "align_jax/pocket", "Folder to write the pair and the problems to")
 flags.DEFINE_string("work", "runs/pocket", "Folder for the training runs; a killed run continues")
 flags.DEFINE_integer("seed", 0, "Everything is drawn from this")
-flags.DEFINE_integer("pretrain", 60_000, "Programs that pocket reads")
-flags.DEFINE_integer("instruct", 24_000, "Answers that pocket-instruct reads on top")
+flags.DEFINE_integer("pretrain", 60_000, "Documents that pocket reads")
+flags.DEFINE_integer("instruct", 24_000, "Documents that pocket-instruct reads on top")
 
 VOCAB = 1024
 SPECIAL = ["<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -44,7 +47,12 @@ SPLIT = r"\p{N}|[^\r\n\p{L}\p{N}]?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s
 # So that there is something to align: most authors have one bad habit (pocket_problems._HABIT: off by one, careless of
 # signs), which matters in a quarter of the programs and which execution can show to be wrong; some make a random slip.
 SLIPS = {"pretrain": {"careless": 0.7, "noise": 0.15}, "instruct": {"careless": 0.6, "noise": 0.1}}
-STDLIB_SHARE = 0.05
+# What a run reads: programs whole, or as the answer to EvalPlus' prompt; and the stages of align_jax.synth, told of
+# programs or, "library concepts", of functions of the standard library.
+MIX = {"pretrain": {"program": 0.57, "library concepts": 0.02, "concepts": 0.02, "instruction": 0.11, "response": 0.26,
+                    "rewrite": 0.02},
+       "instruct": {"answer": 0.43, "library concepts": 0.02, "concepts": 0.02, "instruction": 0.15, "response": 0.36,
+                    "rewrite": 0.02}}
 
 
 def main(_) -> None:
@@ -55,9 +63,12 @@ def main(_) -> None:
     records.write(out / "PocketPref.jsonl.gz", sets["preference"])
     held_out = pocket_problems.held_out(sets["evaluation"])
 
-    files = {stage: work / f"{stage}.jsonl" for stage in SLIPS}
-    records.write(files["pretrain"], pretraining(FLAGS.seed + 1, FLAGS.pretrain, held_out))
-    records.write(files["instruct"], instruction(FLAGS.seed + 2, FLAGS.instruct, held_out))
+    files = {run: work / f"{run}.jsonl" for run in MIX}
+    library = [seed.code for seed in library_functions(work / "seeds", out / "PocketEval.jsonl.gz")]
+    for seed, run in enumerate(MIX, FLAGS.seed + 1):
+        programs = pocket_problems.corpus(seed, held_out, **SLIPS[run])
+        found = documents(programs, library, MIX[run], random.Random(seed), chat=run == "instruct")
+        records.write(files[run], itertools.islice(found, FLAGS[run].value))
     blank = work / "blank"
     make_tokenizer(files.values()).save_pretrained(blank)
     cfg = model.ModelConfig(L=5, D=160, N=2, K=2, H=64, F=448, V=VOCAB, tied=True, max_length=1024)
@@ -65,57 +76,62 @@ def main(_) -> None:
 
     with jax.set_mesh(mesh.make()):
         params = model.init(cfg, FLAGS.seed)
-    # Short rows: attention over few positions is what a CPU is quick at, and nearly every program fits.
-    pocket = train(recipe(work / "pocket", blank, files["pretrain"], lr=4e-3, row_length=128), params=params)
-    instruct = train(recipe(work / "pocket-instruct", pocket, files["instruct"], lr=2e-3, row_length=256))
+    # Short rows: attention over few positions is what a CPU is quick at, and nearly every document fits.
+    pocket = train(recipe(work / "pocket", blank, files["pretrain"], lr=3e-3), params=params)
+    instruct = train(recipe(work / "pocket-instruct", pocket, files["instruct"], lr=1.5e-3))
     for name, folder in {"pocket": pocket, "pocket-instruct": instruct}.items():
         shutil.copytree(folder, out / name, dirs_exist_ok=True)
         print(f"wrote {out / name}: {sum(f.stat().st_size for f in (out / name).iterdir()) / 1e6:.1f} MB")
 
 
-def recipe(run: Path, start: Path, path: Path, *, lr: float, row_length: int) -> dict:
+def recipe(run: Path, start: Path, path: Path, *, lr: float) -> dict:
     """The config of one training run, in the form of configs/sft.py."""
     return {"run": str(run), "start": str(start), "seed": FLAGS.seed, "steps": 0,
-            "data": {"path": str(path), "kind": "examples", "row_length": row_length,
-                     "rows_per_batch": 4096 // row_length, "epochs": 1},
+            "data": {"path": str(path), "kind": "examples", "row_length": 320, "rows_per_batch": 7, "epochs": 1},
             "objective": {"name": "sft"},
             "optim": {"lr": lr, "warmup": 0.03, "decay": "linear", "b2": 0.98, "weight_decay": 0.01},
             "compute": {"dtype": "float32", "remat": "none", "chunk": 256},
             "mesh": {}, "ckpt": {"every": 200, "keep": 1, "export": "bfloat16"}}
 
 
-def pretraining(seed: int, count: int, held_out: set[str]):
-    """Programs whole, as text, right and wrong, and functions of the standard library."""
-    rng = random.Random(seed)
-    library = stdlib_functions()
-    programs = pocket_problems.corpus(seed, held_out, **SLIPS["pretrain"])
-    for index in range(count):
-        if rng.random() < STDLIB_SHARE:
-            yield Example(id=f"stdlib-{index}", prompt="", completion=rng.choice(library))
-        else:
-            program = next(programs)
-            yield Example(id=f"program-{index}", prompt="", completion=program["prompt"] + program["solution"])
+def documents(programs: Iterator[dict], library: list[str], mix: dict[str, float], rng: random.Random, *, chat: bool):
+    """Draw documents of the kinds of a mix forever."""
+    risky = pocket_stages.telling(programs, rng)
+    for index in itertools.count():
+        kind = rng.choices(tuple(mix), tuple(mix.values()))[0]
+        if kind == "library concepts":
+            seed = rng.choice(library)
+            values = {"seed": seed, "concepts": ", ".join(pocket_stages.some_concepts(seed, rng))}
+            yield pocket_stages.document("concepts", f"{kind}-{index}", values, chat=chat)
+        elif kind in WHOLE:
+            yield WHOLE[kind](f"{kind}-{index}", next(programs))
+        elif values := pocket_stages.fields(kind, next(risky), rng):
+            yield pocket_stages.document(kind, f"{kind}-{index}", values, chat=chat)
 
 
-def instruction(seed: int, count: int, held_out: set[str]):
-    """Programs as answers in EvalPlus' chat format."""
-    programs = pocket_problems.corpus(seed, held_out, **SLIPS["instruct"])
-    for index, program in enumerate(itertools.islice(programs, count)):
-        problem = Problem(task_id="", base_input=[], plus_input=[], canonical_solution="",
-                          prompt=program["prompt"], entry_point=program["entry_point"])
-        head = [line for line in program["prompt"].splitlines() if not line.startswith('    """')]
-        answer = "\n".join([*head, program["solution"].rstrip(), "```\n"])  # the docstring is not said again
-        yield Example(id=f"answer-{index}", prompt=evalplus.prompt(problem, chat=True), completion=answer)
+def whole(id: str, program: dict) -> Example:
+    """A program as text."""
+    return Example(id=id, prompt="", completion=program["prompt"] + program["solution"])
 
 
-def stdlib_functions() -> list[str]:
-    """Short documented functions of the running interpreter's standard library, in a fixed order."""
-    found = []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        source = path.read_text(encoding="utf-8")
-        found += [ast.get_source_segment(source, node) + "\n" for node in ast.parse(source).body
-                  if isinstance(node, ast.FunctionDef) and ast.get_docstring(node)]
-    return [code for code in found if len(code) < 500]
+def answer(id: str, program: dict) -> Example:
+    """A program as the answer in EvalPlus' chat format."""
+    problem = Problem(task_id="", base_input=[], plus_input=[], canonical_solution="",
+                      prompt=program["prompt"], entry_point=program["entry_point"])
+    head = [line for line in program["prompt"].splitlines() if not line.startswith('    """')]
+    text = "\n".join([*head, program["solution"].rstrip(), "```\n"])  # the docstring is not said again
+    return Example(id=id, prompt=evalplus.prompt(problem, chat=True), completion=text)
+
+
+WHOLE = {"program": whole, "answer": answer}
+
+
+def library_functions(run: Path, benchmark: Path) -> list[Seed]:
+    """The seeds that the running interpreter's standard library gives: none of them is held out."""
+    settings = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "seeds.py"))["get_config"]().to_dict()
+    seeds.gather(run, settings["source"], filtering=settings["filtering"], benchmarks=[str(benchmark)],
+                 near_duplicate=settings["near_duplicate"])
+    return records.read(run / "seeds.jsonl", Seed)
 
 
 def make_tokenizer(paths) -> PreTrainedTokenizerFast:

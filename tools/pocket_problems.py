@@ -20,7 +20,7 @@ import keyword
 import math
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 # ruff: noqa: E501  (a block is one row of a table, however long)
@@ -875,6 +875,7 @@ class Sketch(NamedTuple):
     doc: str
     styles: list[str]  # code with holes
     args: list[str]
+    names: list[str]  # what the arguments are called
 
 
 _VERBS = {
@@ -926,16 +927,22 @@ def _sketch(rng: random.Random, family: str = "") -> Sketch:
     styles = [put(style) for style in draft.styles]
     head = "import math\n\n\n" if any("math." in style for style in styles) else ""
     prompt = f'{head}def {title}({args}):\n    """{doc}"""\n'
-    return Sketch(draft.family, ":".join((draft.family, *draft.combination)), title, prompt, doc, styles, draft.args)
+    return Sketch(draft.family, ":".join((draft.family, *draft.combination)), title, prompt, doc, styles, draft.args,
+                  [names[arg] for arg in draft.args])
 
 
 def _body(style: str, hole: int = -1, slip: int = 0, careless: bool = False) -> str:
     return "".join(f"    {line}\n" for line in _write(style, hole, slip, careless).split("\n"))
 
 
+def _hints(sketch: Sketch) -> list[int]:
+    """The numbers that a problem speaks of, and their neighbours."""
+    return [int(number) + step for number in re.findall(r"(?<![\w-])-?\d+", sketch.doc) for step in (-1, 0, 1)]
+
+
 def _inputs(sketch: Sketch, rng: random.Random) -> Iterator[list]:
     """Make typical arguments first, then edge cases mixed with typical ones, forever."""
-    hints = [int(number) + step for number in re.findall(r"(?<![\w-])-?\d+", sketch.doc) for step in (-1, 0, 1)]
+    hints = _hints(sketch)
     args = [ARGS[arg] for arg in sketch.args]
     for _ in range(5):
         yield [arg.make(rng, hints) for arg in args]
@@ -986,7 +993,7 @@ def _bugs(sketch: Sketch, style: str) -> list[str]:
 
 
 def problem(rng: random.Random, family: str = "") -> dict:
-    """Make one problem in EvalPlus' format, with its `styles` (right bodies) and `bugs` (wrong ones)."""
+    """Make one problem in EvalPlus' format, with its `styles` (right bodies), `bugs` (wrong ones) and `instruction`."""
     while True:
         sketch = _sketch(rng, family)
         styles = list(dict.fromkeys(_body(style) for style in sketch.styles))
@@ -1005,12 +1012,14 @@ def problem(rng: random.Random, family: str = "") -> dict:
         wrong = [bug for bug, fails in wrong.items() if fails & chosen]
         if not wrong:
             continue
+        apart = random.Random(sketch.prompt)  # so that what is said of a problem does not change the next one
         lines = [f"    assert candidate({', '.join(map(repr, (base + plus)[i]))}) == {outcomes[i]!r}" for i in sorted(chosen)]
         return {
             "task_id": "", "prompt": sketch.prompt, "entry_point": sketch.entry_point, "canonical_solution": body,
             "base_input": base, "plus_input": plus, "atol": 0.0, "contract": "",
             "test": "def check(candidate):\n" + "\n".join(lines) + "\n",
             "family": sketch.family, "combination": sketch.combination, "styles": styles, "bugs": wrong,
+            "instruction": instruction(sketch, examples(sketch, apart, 2), apart),
         }
 
 
@@ -1039,6 +1048,82 @@ def _cover(fails: list[set[int]], base: int, total: int) -> set[int]:
             break
         chosen.add(max(range(total), key=lambda i: sum(i in fail for fail in left)))
     return chosen
+
+
+def examples(sketch: Sketch, rng: random.Random, count: int) -> list[tuple[list, Any]]:
+    """Choose up to `count` short calls with results that differ, those at which most wrong bodies are found out.
+
+    The first one finds out a careless author, if one can be. None, if the short calls have but one result.
+    """
+    right, careless = ({_body(style, careless=habit) for style in sketch.styles} for habit in (False, True))
+    cases = _short_cases(sketch, sorted(right), rng)
+    results = [repr(result) for _, result in cases]
+    if len(set(results)) < 2:
+        return []
+    habits, slips = sorted(careless - right), sorted({*_bugs(sketch, rng.choice(sketch.styles))} - right - careless)
+    wrong = [_load(sketch.prompt + body, sketch.entry_point) for body in (*habits, *rng.sample(slips, min(8, len(slips))))]
+    fails = [{i for i, function in enumerate(wrong) if not _same(_call(function, args), result)} for args, result in cases]
+    chosen: list[int] = []
+
+    def worth(case: int) -> int:  # a careless author is worth most, then other wrong bodies, then what is easy
+        fresh = fails[case].difference(*(fails[other] for other in chosen))
+        easy = 6 * is_plain(sketch, *cases[case]) - len(repr(cases[case]))
+        return 9 * sum(i < len(habits) for i in fresh) + 4 * len(fresh) + easy
+
+    for _ in range(min(count, len(set(results)))):
+        shown = {results[case] for case in chosen}
+        chosen.append(max((case for case, result in enumerate(results) if result not in shown), key=worth))
+    return [cases[case] for case in chosen]
+
+
+def instruction(sketch: Sketch, calls: Sequence[tuple[list, Any]], rng: random.Random) -> str:
+    """Ask for a function in words: its signature, what it does, and examples."""
+    asked = rng.choice(("Write a Python function", "Write a function", "Implement the function"))
+    shown = "\n".join(["\nExamples:", *(check(sketch, *call) for call in calls)]) if calls else ""
+    return f"{asked} `{sketch.entry_point}({', '.join(sketch.names)})`. {sketch.doc}{shown}"
+
+
+def check(sketch: Sketch, args: Sequence, result: Any) -> str:
+    """Assert the result of a call."""
+    return f"assert {sketch.entry_point}({', '.join(map(repr, args))}) {'is' if result is None else '=='} {result!r}"
+
+
+def is_plain(sketch: Sketch, args: Sequence, result: Any) -> bool:
+    """Whether every number and word of a result is to be seen in the arguments or in the text, or is 0 or 1."""
+    literals = lambda text: set(re.findall(r"\d+|'[^']*'", text))
+    return literals(repr(result)) <= literals(f"{args} {sketch.doc}") | {"0", "1", "''"}
+
+
+def _short_cases(sketch: Sketch, right: Sequence[str], rng: random.Random) -> list[tuple[list, Any]]:
+    """Make short calls on which all right bodies agree, and their results."""
+    functions = [_load(sketch.prompt + body, sketch.entry_point) for body in right]
+    cases: dict[str, tuple[list, Any]] = {}
+    for args in itertools.islice(_short_inputs(sketch, rng), 24):
+        result, *others = [_call(function, args) for function in functions]
+        agree = all(type(other) is type(result) and _same(other, result) for other in others)
+        if agree and not isinstance(result, Exception) and len(repr(result)) <= 24:
+            cases.setdefault(repr(args), (args, result))
+    return list(cases.values())
+
+
+def _short_inputs(sketch: Sketch, rng: random.Random) -> Iterator[list]:
+    """Make arguments that can be worked out in the head."""
+    hints = _hints(sketch)
+    args = [ARGS[arg] for arg in sketch.args]
+    while True:
+        yield [rng.choice(arg.edges) if rng.random() < 0.15 else _SHORT.get(arg.hint, arg.make)(rng, hints) for arg in args]
+
+
+def _few(items: Callable[[random.Random, list[int]], Any]) -> Callable[[random.Random, list[int]], list]:
+    return lambda rng, hints: [items(rng, hints) for _ in range(rng.choice((1, 2, 2, 3)))]
+
+
+_digit = lambda rng, hints: rng.choice([*range(-3, 10), *hints, *hints])
+_word = _of([word for word in WORDS if len(word) <= 5])
+_SHORT = {
+    "list[int]": _few(_digit), "list[str]": _few(_word), "list[list[int]]": lambda rng, hints: [[rng.randrange(-2, 7) for _ in range(2)] for _ in range(2)],
+    "dict[str, int]": lambda rng, hints: {key: _digit(rng, hints) for key in rng.sample(KEYS, rng.choice((1, 2, 2)))},
+}
 
 
 def bugs(problem: dict, rng: random.Random) -> list[str]:
@@ -1141,9 +1226,10 @@ def split(seed: int, train: int, preference: int, evaluation: int) -> dict[str, 
 
 
 def corpus(seed: int, held_out: Iterable[str], *, careless: float, noise: float) -> Iterator[dict]:
-    """Make programs to train on forever, none of them held out.
+    """Make programs to train on forever, none of them held out, with the sketch that each was drawn from.
 
     A share `careless` is by authors with the habit (see _HABIT), a share `noise` of the others has a random slip.
+    `is_risky` says that the habit would show in this program; `styles` are all right bodies.
     """
     rng, held = random.Random(seed), frozenset(held_out)
     while True:
@@ -1151,14 +1237,16 @@ def corpus(seed: int, held_out: Iterable[str], *, careless: float, noise: float)
         if sketch.combination in held or sketch.doc in held:
             continue
         style = rng.choice(sketch.styles)
-        right = _body(style)
-        body = _body(style, careless=rng.random() < careless)
+        right, habitual = _body(style), _body(style, careless=True)
+        body = habitual if rng.random() < careless else right
         if body == right and rng.random() < noise:
             body = _slip(sketch, style, right, rng) or right
-        if not held & {normal_form(sketch.prompt + text) for text in (right, body)}:
+        styles = list(dict.fromkeys(map(_body, sketch.styles)))
+        if not held & {normal_form(sketch.prompt + text) for text in (body, *styles)}:
             yield {
-                "prompt": sketch.prompt, "solution": body, "is_as_meant": body == right,
-                "entry_point": sketch.entry_point, "family": sketch.family,
+                "prompt": sketch.prompt, "solution": body, "right": right, "is_as_meant": body == right,
+                "is_risky": habitual != right, "styles": styles, "entry_point": sketch.entry_point,
+                "family": sketch.family, "sketch": sketch,
             }
 
 
