@@ -109,6 +109,7 @@ def factory(c: Mapping, folder: Path, settings: Mapping) -> dict:
     return own | {"run": str(folder), "start": settings["model"], "seed": c["seed"], "mesh": c["mesh"], "stages": "all",
                   "seeds": own["seeds"] | {"run": own["seeds"]["run"] or str(shared / "seeds"),
                                            "benchmarks": [*kept_out]},
+                  "response": own["response"] | {"prompt": settings["prompt"]},
                   "asking": own["asking"] | {"chat": settings["chat"]}, "pairs": own["pairs"] | {"rules": rules(c)}}
 
 

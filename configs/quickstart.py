@@ -10,6 +10,7 @@ from importlib import resources
 
 from ml_collections import ConfigDict
 
+from align_jax.score import evalplus
 from configs import synth
 
 
@@ -30,8 +31,11 @@ def get_config(arg: str = "") -> ConfigDict:
         "seed": 0,
         "model": "pocket",
         "starts": {
-            "pretrained": {"model": str(pocket / "pocket"), "chat": False},
-            "instruct": {"model": str(pocket / "pocket-instruct"), "chat": True},
+            # `prompt` is how a pair shows an instruction: as the factory asks a base model, as EvalPlus asks a chat.
+            "pretrained": {"model": str(pocket / "pocket"), "chat": False,
+                           "prompt": "<instruction>\n{instruction}\n</instruction>\n\n<response>\n"},
+            "instruct": {"model": str(pocket / "pocket-instruct"), "chat": True,
+                         "prompt": f"{evalplus.INSTRUCTION}\n```\n{{instruction}}\n```\n"},
         },
         "techniques": ("dpo", "bonbon"),
         "pairs": {
@@ -70,8 +74,9 @@ def get_config(arg: str = "") -> ConfigDict:
 def factory(small: bool) -> ConfigDict:
     """The factory for models that were trained on its stages, so that they need no examples."""
     c = synth.of_study("smoke")
+    c.seeds.filtering.max_lines = 25  # the pocket pair was trained on short ones
     c.concepts.count = 24 if small else 10_000
-    c.instruction.n = 2
-    c.response.n = 8
+    c.instruction.update({"n": 3, "temperature": 0.5})
+    c.response.update({"n": 8, "temperature": 0.7})
     c.pairs.min_usable = 0.75
     return c

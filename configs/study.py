@@ -22,7 +22,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.pairs.synth = factory
     c.update({"run": "", "model": "", "sampling_dtype": "bfloat16",
               "sandbox": {"wall_s": 10.0, "cpu_s": 10.0, "memory_mb": 4096},
-              "starts": {"pretrained": {"model": ""}, "instruct": {"model": ""}},
+              "starts": {"pretrained": {"model": "", "prompt": "{instruction}\n\n"},
+                         "instruct": {"model": "", "prompt": "{instruction}"}},
               "benchmark": {"name": "humaneval", "sampling": {"max_tokens": 768}},
               "evalplus": {"min_time_limit": 4.0}})
     with c.unlocked():

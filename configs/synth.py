@@ -52,7 +52,7 @@ def of_study(arg: str = "") -> ConfigDict:
     with c.unlocked():
         for name in ("run", "start", "seed", "stages", "mesh", "truth"):
             del c[name]
-        del c.asking["chat"], c.pairs["rules"]
+        del c.asking["chat"], c.pairs["rules"], c.response["prompt"]
     return c
 
 

@@ -236,7 +236,7 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(config, checkpoint, 
 
 def test_what_the_factory_would_refuse_is_refused_before_any_start_is_sampled(config, tmp_path):
     with pytest.raises(ValueError) as refused:
-        study.study(config(tmp_path / "run", pairs__source="synth", pairs__synth__response__prompt="Solve it.",
+        study.study(config(tmp_path / "run", pairs__source="synth", starts__instruct__prompt="Solve it.",
                            pairs__synth__dimensions=("beauty",), pairs__synth__response__n=4))
     for problem in ("pairs.synth: ", "dimension: got ['beauty']", "response.prompt: got 'Solve it.'",
                     "best and worst are of 4 samples, pairs.synth"):
