@@ -76,7 +76,9 @@ def get_config(arg: str = "") -> ConfigDict:
         "rewrite": written | {"dimensions": (), "shots": 1, "n": 4, "max_tokens": 1536},
         "sandbox": {"backend": "auto", "wall_s": 10.0, "cpu_s": 10.0, "memory_mb": 4096, "workers": 2,
                     "runner": "local", "chunk": 256},
-        "judge": {"kind": "static", "start": placeholder(str), "engine": sample.get_config().engine},
+        "judge": {"kind": "static", "start": placeholder(str), "engine": sample.get_config().engine,
+                  # Another model that rates `count` of the responses too: scores/judges.json has their kappa.
+                  "second": {"start": placeholder(str), "count": 200, "engine": sample.get_config().engine}},
         "pairs": {"rules": ("pass_fail",), "by": "reward", "margin": placeholder(float),  # None: the scorer's own
                   "min_usable": 1.0, "even": "passed", "per_task": 1, "min_distance": 0.0, "max_length_ratio": 1e9,
                   "balance": True},  # as many pairs of each dimension as the rarest has

@@ -300,8 +300,13 @@ def test_a_model_judges_where_one_is_configured(run, tmp_path):
             answer = text.split("<answer>")[-1]
             return (json.dumps({"rationale": "", "rating": 9 if '"""' in answer else 3}), "stop")
 
-    run("codal", author=Judge(), judge={"kind": "engine", "start": "judge"})
+    engine = config(tmp_path, tmp_path)["engine"]
+    second = {"start": "another", "count": 30, "engine": engine}
+    did = run("codal", author=Judge(), judge={"kind": "engine", "start": "judge", "engine": engine, "second": second})
     assert {score for j in read(tmp_path, "scores", Judged) for score in j.scores.values()} == {3.0, 9.0}
+    assert set(did["scores"]["kappa of two judges"].values()) == {1.0}  # they are one
+    found = json.loads((tmp_path / "run" / "scores" / "judges.json").read_text())
+    assert {*found} <= {*dimensions.CODAL} and sum(f["judge / another"]["n"] for f in found.values()) == 30
 
 
 def test_a_model_judges_docstrings_where_it_is_asked(run, tmp_path):

@@ -118,6 +118,8 @@ def check(c: Mapping) -> None:
         wrong.append("docstrings.ask, judge.kind: a model judges on one host only")
     if c["judge"]["kind"] == "engine" and not c["judge"]["start"]:
         wrong.append("judge.start: expected the name or the folder of the model that judges")
+    if c["judge"]["second"]["start"] and c["judge"]["kind"] != "engine":
+        wrong.append("judge.second: a second judge is compared with a first one of kind 'engine'")
     if c["judge"]["kind"] not in JUDGES:
         wrong.append(f"judge.kind: got {c['judge']['kind']!r}, available are {[*JUDGES]}")
     if wrong:
@@ -208,8 +210,13 @@ def _scores(run: Run, out: Path, judged: Path) -> dict:
     where = {"chunk": 2000}  # a model is asked from this process, about many at once
     if how["kind"] == "static":
         where = {key: run.c["sandbox"][key] for key in ("runner", "workers")}
-    return scores.score(out, stream.rows(judged), judge=JUDGES[how["kind"]](how), dimensions=_scored(run.c),
-                        total=stream.count(judged), **where)
+    counts = scores.score(out, stream.rows(judged), judge=JUDGES[how["kind"]](how), dimensions=_scored(run.c),
+                          total=stream.count(judged), **where)
+    if how["second"]["start"]:
+        judges = {how["start"]: _rater(how), how["second"]["start"]: _rater(how["second"])}
+        counts |= scores.compare(out.with_name("judges.json"), stream.rows(judged), judges, seed=run.c["seed"],
+                                 count=how["second"]["count"])
+    return counts
 
 
 def _pairs(run: Run, out: Path, judged: Path) -> dict:

@@ -1,22 +1,23 @@
 """Verdicts to scores: how good each response is in the dimension under whose principle it was written.
 
 The scorer of a dimension is static analysis (`score.static.judge`) or a model behind an engine (`dimensions.rater`);
-either takes a dimension and (instruction, answer) items. Nothing is dropped: a response of which the scorer can say
-nothing has the score None, and `pairs` counts it.
+either takes a dimension and (instruction, answer) items. Two models can be compared as judges (`compare`). Nothing is
+dropped: a response of which the scorer can say nothing has the score None, and `pairs` counts it.
 """
 
 import functools
+import heapq
 import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from align_jax import log
+from align_jax import log, records
 from align_jax.records import Judged
 from align_jax.score.static import Judge
-from align_jax.synth import stream
+from align_jax.synth import stream, validate
 
 
 def score(out: Path, judged: Iterable[Mapping], *, judge: Judge, dimensions: Sequence[str] = (), runner: str = "local",
@@ -40,6 +41,27 @@ def score(out: Path, judged: Iterable[Mapping], *, judge: Judge, dimensions: Seq
     counts = stream.counts(journal_path)
     num = counts["in"]["records"]
     return {"in": num, "out": num, "dropped": {}, "no verdict": dict(counts["no verdict"])}
+
+
+def compare(out: Path, judged: Iterable[Mapping], judges: Mapping[str, Judge], *, count: int, seed: int) -> dict:
+    """Let two judges rate the same `count` responses, drawn by their ids; write how far they agree, by dimension.
+
+    Ratings are rounded to whole points, for Cohen's kappa (`validate.raters`).
+    """
+    drawn = heapq.nsmallest(count, judged, key=lambda row: records.fingerprint(seed, row["id"]))
+    whole = {name: functools.partial(_in_points, judge) for name, judge in judges.items()}
+    found = {}
+    for dimension in sorted({row["dimension"] for row in drawn}):
+        items = [item(Judged(**row)) for row in drawn if row["dimension"] == dimension]
+        found[dimension] = {pair: asdict(rating) for pair, rating in
+                            validate.judges(whole, dimension, items).items()}
+    log.write_json(out, found)
+    return {"kappa of two judges": {dimension: rating["kappa"] for dimension, by_pair in found.items()
+                                    for rating in by_pair.values()}}
+
+
+def _in_points(judge: Judge, dimension: str, items: Sequence[tuple[str, str]]) -> list[float | None]:
+    return [None if rating is None else float(round(rating)) for rating in judge(dimension, items)]
 
 
 def annotate(rows: Sequence[Mapping], *, judge: Judge, dimensions: tuple[str, ...]) -> list[Judged]:
