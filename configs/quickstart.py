@@ -74,9 +74,10 @@ def get_config(arg: str = "") -> ConfigDict:
 def factory(small: bool) -> ConfigDict:
     """The factory for models that were trained on its stages, so that they need no examples."""
     c = synth.of_study("smoke")
-    c.seeds.filtering.max_lines = 15  # the pocket pair was trained on short ones
+    c.seeds.filtering.max_lines = 20  # the pocket pair was trained on short ones
     c.concepts.count = 24 if small else 10_000
-    c.instruction.update({"n": 3, "temperature": 0.5})
+    c.engine.local.batch_size = 512
+    c.instruction.update({"n": 2, "temperature": 0.5})
     c.response.update({"n": 8, "temperature": 0.7, "max_tokens": 128})
     c.pairs.min_usable = 0.75
     return c
