@@ -71,7 +71,7 @@ def main(_) -> None:
         records.write(files[run], itertools.islice(found, FLAGS[run].value))
     blank = work / "blank"
     make_tokenizer(files.values()).save_pretrained(blank)
-    cfg = model.ModelConfig(L=5, D=160, N=2, K=2, H=64, F=448, V=VOCAB, tied=True, max_length=1024)
+    cfg = model.ModelConfig(L=5, D=160, N=4, K=4, H=32, F=448, V=VOCAB, tied=True, max_length=1024)
     (blank / "config.json").write_text(json.dumps(hf.config_json(cfg) | {"eos_token_id": 1, "pad_token_id": 0}))
 
     with jax.set_mesh(mesh.make()):
