@@ -279,6 +279,8 @@ def main(c: Mapping) -> None:
     log.check_set(c)
     make(c)
     made = [str(file(c, name)) for name in wanted(c) if name.startswith("pairs")]
+    if empty := [path for path in made if not Path(path).stat().st_size]:
+        raise ValueError(f"no pairs in {', '.join(empty)}; stages.json says why")
     log.say(f"{c['run']} has {', '.join(wanted(c))}; stages.json counts what each one dropped, by reason; "
             f"to train on: {', '.join(made) or 'no pairs yet'}")
 
