@@ -55,13 +55,13 @@ class Engine(Protocol):
         """The ids of prompts that leave no room for an answer; empty where only the endpoint knows."""
 
 
-class Unanswered(RuntimeError):
+class Unanswered(ConnectionError):
     """Some prompts have no answer, by id in `failures`; all others were yielded, and asking again asks for these."""
 
-    def __init__(self, failures: Mapping[str, str], *, is_halted: bool = False):
+    def __init__(self, failures: Mapping[str, str], *, by: str = "an endpoint", is_halted: bool = False):
         lines = [f"  {name}: {why}" for name, why in failures.items()]
         more = [f"  ... and {len(lines) - 100} more, in `failures`"] if len(lines) > 100 else []
-        super().__init__("\n".join([f"{len(lines)} prompt(s) without an answer:", *lines[:100], *more]))
+        super().__init__("\n".join([f"{len(lines)} prompt(s) without an answer by {by}:", *lines[:100], *more]))
         self.failures = dict(failures)
         self.is_halted = is_halted  # some were not even asked: the budget is spent, or nothing was answered any more
 
@@ -149,7 +149,7 @@ class Endpoint:
         finally:
             log.say(f"{self.model}: {call.summary()}")
         if call.failures:
-            raise Unanswered(call.failures, is_halted=call.is_halted)
+            raise Unanswered(call.failures, by=f"{self.model} at {self.base_url}", is_halted=call.is_halted)
 
     def too_long(self, prompts: Sequence[tuple[str, Text]], *, max_tokens: int) -> set[str]:
         """None that is known before it is asked."""

@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg not in ("", "smoke"):
         raise ValueError(f"config argument: got {arg!r}, expected 'smoke' or nothing")
     c = ConfigDict({
-        "run": "", "path": "", "fields": ("prompt", "completion"),
+        "run": "", "path": "", "fields": ("prompt", "chosen", "rejected"),
         # A pattern may match nothing. These are where EvalPlus and EvoEval put what they download.
         "benchmarks": (str(resources.files("align_jax") / "pocket" / "PocketEval.jsonl.gz"),
                        "~/.cache/evalplus/*.jsonl", "~/.cache/evoeval/*.jsonl"),

@@ -234,8 +234,11 @@ def test_the_stage_with_an_embedding(tmp_path):
 
 def test_a_field_that_is_not_there(tmp_path):
     records.write(tmp_path / "in.jsonl", rows())
-    with pytest.raises(ValueError, match=r"fields: got \['chosen'\], but 50 record\(s\) lack one: line 1 has "):
+    with pytest.raises(ValueError, match=r"fields: got \['chosen'\], but 1 record\(s\) lack one: line 1 has "):
         decontaminate.clean(tmp_path / "run", tmp_path / "in.jsonl", fields=("chosen",), benchmarks=())
+    records.write(tmp_path / "late.jsonl", [{"chosen": "x"}, *rows()])
+    with pytest.raises(ValueError, match=r"fields: got \['chosen'\], but 50 record\(s\) lack one: line 2 has "):
+        decontaminate.clean(tmp_path / "late", tmp_path / "late.jsonl", fields=("chosen",), benchmarks=())
 
 
 # --- the real benchmarks

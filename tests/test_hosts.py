@@ -30,6 +30,8 @@ import runpy, sys
 sys.path.insert(0, "tests")
 import test_pipeline
 from align_jax import engine
+from align_jax.synth import verify
+verify.SHARE = 9
 engine.make = lambda *a, **k: test_pipeline.Author()
 engine.identity = lambda *a, **k: {}
 runpy.run_module("align_jax.synth.pipeline", run_name="__main__")

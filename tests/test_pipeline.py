@@ -281,6 +281,8 @@ def test_everything_that_cannot_work_is_said_at_once(run, tmp_path):
             response={"prompt": "Solve it.", "n": 0})
     for part in ("dreams", "beauty", "oracle", "guess", "Solve it.", "n: got 0"):
         assert part in str(error.value)
+    with pytest.raises(ValueError, match="nowhere.config.json: not there"):
+        run(start=str(tmp_path / "nowhere"), engine={"kind": "local"})
     assert not (tmp_path / "run").exists()
 
 

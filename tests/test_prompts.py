@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
 SHOTS = prompts.shots()
 BY_NAME = pytest.mark.parametrize("shot", SHOTS, ids=lambda shot: shot.name)
-FIELDS = {"seed": "def f(x):\n    return x", "properties": "category: class", "instruction": "Write f.", "draft": "x"}
+FIELDS = {"function": 'def f(x):\n    """Add one."""\n    return x + 1',
+          "seed": "def f(x):\n    return x", "properties": "category: class", "instruction": "Write f.", "draft": "x"}
 
 
 def parsed(shot: prompts.Shot) -> answers.Answer:
@@ -239,15 +240,17 @@ def test_a_prompt_that_cannot_be_built_says_why(arguments, message):
 
 
 def test_dimensions_are_dealt_out_evenly():
-    ids = [f"i{i}" for i in range(103)]
-    dealt = dimensions.deal(ids)
-    assert [*dealt] == ids and set(dealt.values()) == set(dimensions.CODAL)
-    for end in range(1, len(ids)):
-        counts = Counter([*dealt.values()][:end])
+    rows = [{"id": f"i{i}"} for i in range(103)]
+    dealt = [*dimensions.deal(iter(rows))]
+    names = [row["dimension"] for row in dealt]
+    assert [row["id"] for row in dealt] == [row["id"] for row in rows] and set(names) == set(dimensions.CODAL)
+    for end in range(1, len(rows)):
+        counts = Counter(names[:end])
         assert max(counts.values()) - (min(counts.values()) if len(counts) == 5 else 0) <= 1
-    assert set(dimensions.deal(ids, ("security", "compliance")).values()) == {"security", "compliance"}
+    assert {row["dimension"] for row in dimensions.deal(rows, ("security", "compliance"))} == {"security", "compliance"}
+    assert {row["dimension"] for row in dimensions.deal(rows, ())} == {""}
     with pytest.raises(ValueError, match=r"got \['beauty'\], available are"):
-        dimensions.deal(ids, ("beauty",))
+        next(dimensions.deal(rows, ("beauty",)))
 
 
 @pytest.mark.parametrize("name", dimensions.DIMENSIONS)

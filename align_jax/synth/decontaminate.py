@@ -142,6 +142,8 @@ def clean(run: Path, path: Path, *, fields: Sequence[str], benchmarks: Sequence[
         return stream.counts(run / "progress.json")
     ordered, benchmarks = stream.runner(runner), resolved(benchmarks)
     meaning = semantic(index(benchmarks), embed, threshold=semantic_threshold) if embed else lambda texts: []
+    for first in itertools.islice(enumerate(stream.rows(path), 1), 1):
+        check([first], fields=tuple(fields), benchmarks=())  # a wrong field is said here, not in a process
     work = functools.partial(check, fields=tuple(fields), benchmarks=benchmarks)
     with stream.Journal(run / "progress.json", [part, overlaps]) as journal:
         left = stream.chunks(itertools.islice(enumerate(stream.rows(path), 1), journal.done, None), chunk)
@@ -308,8 +310,9 @@ def main(c: Mapping) -> None:
         str(file): records.fingerprint(file) for file in files}})
     embed = pkgutil.resolve_name(c["embed"]) if c["embed"] else None
     counts = clean(run, path, embed=embed, **{key: c[key] for key in c if key not in ("run", "path", "embed")})
-    log.say(f"{run / 'clean.jsonl'}: wrote {counts['out']['records']:,} of {counts['in']['records']:,} records; "
-            f"dropped {stream.tell(counts['dropped'])}; compared with {', '.join(f.name for f in files)}")
+    kept, read, dropped = (counts.get(name, Counter()) for name in ("out", "in", "dropped"))
+    log.say(f"{run / 'clean.jsonl'}: wrote {kept['records']:,} of {read['records']:,} records; "
+            f"dropped {stream.tell(dropped)}; compared with {', '.join(f.name for f in files)}")
 
 
 if __name__ == "__main__":

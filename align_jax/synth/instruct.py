@@ -31,13 +31,10 @@ def docstring_judge(engine: Engine, asking: Asking) -> Callable[[list[str]], lis
     """
     def judge(functions: list[str]) -> list[bool]:
         ids = {records.fingerprint(code): code for code in functions}
-        asked = [(id, prompts.build("docstring", id, {"function": code}, chat=asking.chat, shots=asking.shots,
-                                    brief=asking.brief)) for id, code in ids.items()]
+        asked = [(id, asking.prompt("docstring", id, {"function": code})) for id, code in ids.items()]
         misfits = engine.too_long(asked, max_tokens=asking.max_tokens)
         asked = [item for item in asked if item[0] not in misfits]  # whom nobody can ask about is not kept
-        said = dict(engine.generate(asked, n=asking.n, temperature=asking.temperature, top_p=asking.top_p,
-                                    max_tokens=asking.max_tokens, seed=asking.seed,
-                                    stops=prompts.stops("docstring", shots=0 if asking.brief else asking.shots)))
+        said = dict(engine.generate(asked, **asking.sampling("docstring")))
         votes = {id: Counter(answers.verdict(c.text) for c in said.get(id, ())) for id in ids}
         return [votes[records.fingerprint(code)][True] > votes[records.fingerprint(code)][False]
                 for code in functions]

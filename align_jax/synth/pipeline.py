@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 
 from align_jax import engine as engines
-from align_jax import log, mesh, records, sandbox, text
+from align_jax import hf, log, mesh, records, sandbox, text
 from align_jax.engine import Engine
 from align_jax.records import Judged
 from align_jax.score import static
@@ -104,7 +104,7 @@ def check(c: Mapping) -> None:
     names = () if c["stages"] == "all" else c["stages"].split(",")
     wrong = [f"stages: got {name!r}, available are {[*plan(c)]}" for name in names if name not in plan(c)]
     tries = [lambda: respond.check(c["response"]["prompt"]), lambda: sandbox.backend(c["sandbox"]["backend"]),
-             lambda: _check_chat(c), *(functools.partial(pair_settings, c, rule) for rule in c["pairs"]["rules"]),
+             lambda: _check_start(c), *(functools.partial(pair_settings, c, rule) for rule in c["pairs"]["rules"]),
              lambda: dimensions.check(*c["dimensions"], *c["rewrite"]["dimensions"], *_scored(c)),
              *(functools.partial(Run(c, {}, None).asking, name) for name in ASKED)]
     for attempt in tries:
@@ -153,9 +153,11 @@ def _check_inputs(name: str, sources: list[Path]) -> None:
                              "dropped")
 
 
-def _check_chat(c: Mapping) -> None:
-    if c["engine"]["kind"] == "local" and c["asking"]["chat"] and text.load(c["start"]).chat_template is None:
-        raise ValueError(f"asking.chat: {c['start']} has no chat template")
+def _check_start(c: Mapping) -> None:
+    if c["engine"]["kind"] == "local":
+        hf.config(c["start"])
+        if c["asking"]["chat"] and text.load(c["start"]).chat_template is None:
+            raise ValueError(f"asking.chat: {c['start']} has no chat template")
 
 
 # --- the work of the stages: (run, file to write, files to read) -> counts
@@ -276,7 +278,11 @@ def main(c: Mapping) -> None:
     mesh.start_hosts()
     log.check_set(c)
     make(c)
-    log.say(f"{c['run']}: wrote {', '.join(wanted(c))}; stages.json counts what every stage dropped, by reason")
+    made = [str(file(c, name)) for name in wanted(c) if name.startswith("pairs")]
+    if empty := [path for path in made if not Path(path).stat().st_size]:
+        raise ValueError(f"no pairs in {', '.join(empty)}; stages.json says why")
+    log.say(f"{c['run']} has {', '.join(wanted(c))}; stages.json counts what each one dropped, by reason; "
+            f"to train on: {', '.join(made) or 'no pairs yet'}")
 
 
 if __name__ == "__main__":

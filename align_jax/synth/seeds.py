@@ -208,6 +208,8 @@ def main(c: Mapping, *, judge: Judge | None = None, judged_by: Mapping | None = 
     run = claim(c, judged_by)
     judge = pkgutil.resolve_name(c["judge"]) if c["judge"] else judge
     counts = gather(run, **{key: c[key] for key in c if key not in ("run", "judge")}, judge=judge)
+    if "in" not in counts:
+        raise ValueError(f"source.path: got {c['source']['path']!r}, in which there is no Python to read")
     log.say(f"{run / 'seeds.jsonl'}: wrote {counts['out']['seeds']:,} seeds of {counts['in']['functions']:,} functions "
             f"in {counts['in']['documents']:,} documents; dropped {stream.tell(counts['dropped'])}; "
             f"unread {stream.tell(counts['unread'])}")

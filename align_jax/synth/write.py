@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,15 @@ class Asking:
             wrong.append(f"unanswered: got {self.unanswered!r}, expected one of {UNANSWERED}")
         if wrong:
             raise ValueError("; ".join(wrong))
+
+    def prompt(self, stage: str, id: str, fields: Mapping[str, str]) -> Text:
+        """What the model is shown in a stage."""
+        return prompts.build(stage, id, fields, chat=self.chat, shots=self.shots, brief=self.brief)
+
+    def sampling(self, stage: str) -> dict:
+        """What an engine is told about the answers."""
+        return {"n": self.n, "temperature": self.temperature, "top_p": self.top_p, "max_tokens": self.max_tokens,
+                "seed": self.seed, "stops": prompts.stops(stage, shots=0 if self.brief else self.shots)}
 
 
 Row = dict  # a record as it stands on disk
@@ -102,8 +111,7 @@ def stage(out: Path, source: Iterable[Row], engine: Engine, *, name: str, fields
 def _shard(answers: Path, shard: Sequence[Row], engine: Engine, name: str, fields, parse,
            asking: Asking) -> tuple[list, Counter]:
     by_id = {row["id"]: row for row in shard}
-    asked = {id: prompts.build(name, id, fields(row), chat=asking.chat, shots=asking.shots, brief=asking.brief)
-             for id, row in by_id.items()}
+    asked = {id: asking.prompt(name, id, fields(row)) for id, row in by_id.items()}
     misfits = engine.too_long([*asked.items()], max_tokens=asking.max_tokens)
     asked = {id: prompt for id, prompt in asked.items() if id not in misfits}
     samples = _answers(answers, engine, name, asked, asking)
@@ -118,16 +126,13 @@ def _shard(answers: Path, shard: Sequence[Row], engine: Engine, name: str, field
 
 
 def _answers(path: Path, engine: Engine, name: str, asked: dict[str, Text], asking: Asking) -> list[Sample]:
-    stops = prompts.stops(name, shots=0 if asking.brief else asking.shots)
-    settings = {"n": asking.n, "temperature": asking.temperature, "top_p": asking.top_p, "seed": asking.seed,
-                "max_tokens": asking.max_tokens, "stops": stops}
     try:
-        return sample.to_file(path, engine, asked, **settings)
+        return sample.to_file(path, engine, asked, **asking.sampling(name))
     except engines.Unanswered as error:
         if asking.unanswered == "stop" or error.is_halted:
             raise
         left = {id: prompt for id, prompt in asked.items() if id not in error.failures}
-        return sample.to_file(path, engine, left, **settings)
+        return sample.to_file(path, engine, left, **asking.sampling(name))
 
 
 def told(counts: dict[str, Counter]) -> dict:
