@@ -1,6 +1,6 @@
 """Make the pocket pair: `pocket` (pretrained), `pocket-instruct`, and the two problem sets beside them.
 
-    python tools/make_pocket.py --out=align_jax/pocket --work=runs/pocket        (about 25 minutes on 2 cores)
+    python tools/make_pocket.py --out=align_jax/pocket --work=runs/pocket        (about 50 minutes on 2 cores)
 
 The pair is trained by align_jax's own trainer: `pocket` on procedurally made programs, right and wrong ones, and on the
 stages of `align_jax.synth` told of such programs; `pocket-instruct` goes on from it with chats, which are answers to
@@ -34,8 +34,8 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("out", "align_jax/pocket", "Folder to write the pair and the problems to")
 flags.DEFINE_string("work", "runs/pocket", "Folder for the training runs; a killed run continues")
 flags.DEFINE_integer("seed", 0, "Everything is drawn from this")
-flags.DEFINE_integer("pretrain", 60_000, "Documents that pocket reads")
-flags.DEFINE_integer("instruct", 24_000, "Documents that pocket-instruct reads on top")
+flags.DEFINE_integer("pretrain", 100_000, "Documents that pocket reads")
+flags.DEFINE_integer("instruct", 50_000, "Documents that pocket-instruct reads on top")
 
 VOCAB = 1024
 SPECIAL = ["<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
