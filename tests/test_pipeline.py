@@ -258,7 +258,7 @@ def test_a_prompt_that_is_never_answered_stops_the_run_or_is_counted(run, tmp_pa
     assert did["responses"]["dropped"]["unanswered"] % 6 == 0 and adds_up(did["responses"], 6)
 
 
-def test_a_prompt_that_does_not_fit_the_model_is_counted(run):
+def test_a_prompt_that_does_not_fit_the_model_is_counted(run, capsys):
     class Short(Author):
         def too_long(self, asked, *, max_tokens):
             assert max_tokens in (512, 1536)
@@ -266,6 +266,7 @@ def test_a_prompt_that_does_not_fit_the_model_is_counted(run):
 
     did = run(author=Short())
     assert did["responses"]["dropped"]["prompt too long"] % 6 == 0 and adds_up(did["responses"], 6)
+    assert "prompts and max_tokens=1536 do not fit into the model's positions; fewer `shots`" in capsys.readouterr().out
 
 
 def test_other_settings_are_refused_in_a_stages_folder(run):
@@ -281,6 +282,10 @@ def test_everything_that_cannot_work_is_said_at_once(run, tmp_path):
             response={"prompt": "Solve it.", "n": 0})
     for part in ("dreams", "beauty", "oracle", "guess", "Solve it.", "n: got 0"):
         assert part in str(error.value)
+    with pytest.raises(ValueError, match="runner: got 'dask', expected one of local, ray"):
+        run(sandbox={"runner": "dask"})
+    with pytest.raises(ValueError, match="judge.second.start: expected another model"):
+        run(judge={"kind": "engine", "start": "who", "second": {"start": "who", "count": 3}})
     with pytest.raises(ValueError, match="nowhere.config.json: not there"):
         run(start=str(tmp_path / "nowhere"), engine={"kind": "local"})
     assert not (tmp_path / "run").exists()
@@ -330,7 +335,7 @@ def test_a_model_that_never_answers_in_form_ends_the_run_with_a_reason(run):
         def answer(self, name, text, k):
             return ("", "stop")
 
-    with pytest.raises(ValueError, match="'tasks' reads .*concepts.jsonl, which has no records; stages.json says why"):
+    with pytest.raises(ValueError, match="'tasks' reads .*concepts.jsonl, which has no records; .*stages.json says"):
         run(author=Silent())
 
 

@@ -228,7 +228,7 @@ def main() -> None:
     args = parser.parse_args()
     rng = random.Random(args.seed)
     programs = telling(pocket_problems.corpus(args.seed, (), careless=0.5, noise=0.0), rng)
-    for stage in prompts.STAGES:
+    for stage in MIXED:
         for program in itertools.islice(programs, args.show):
             if values := fields(stage, program, rng):
                 print(document(stage, stage, values, chat=False).completion, end="\n\n----\n\n")

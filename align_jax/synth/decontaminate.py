@@ -140,23 +140,25 @@ def clean(run: Path, path: Path, *, fields: Sequence[str], benchmarks: Sequence[
     out, part, overlaps = (run / f"{name}.jsonl" for name in ("clean", "clean.partial", "contamination"))
     if out.is_file():
         return stream.counts(run / "progress.json")
-    ordered, benchmarks = stream.runner(runner), resolved(benchmarks)
+    benchmarks = resolved(benchmarks)
     meaning = semantic(index(benchmarks), embed, threshold=semantic_threshold) if embed else lambda texts: []
     for first in itertools.islice(enumerate(stream.rows(path), 1), 1):
         check([first], fields=tuple(fields), benchmarks=())  # a wrong field is said here, not in a process
     work = functools.partial(check, fields=tuple(fields), benchmarks=benchmarks)
+
+    def take(checked) -> stream.Growth:
+        rows, found = checked
+        known = {overlap.record for overlap in found}
+        found = found + meaning({name: text for name, text, _ in rows if name not in known})
+        reasons = {overlap.record: f"in a benchmark: {overlap.measure}" for overlap in reversed(found)}
+        fresh = [row for name, _, row in rows if name not in reasons]
+        return {part: fresh, overlaps: found}, len(rows), {
+            "in": Counter(records=len(rows)), "out": Counter(records=len(fresh)), "dropped": Counter(reasons.values())}
+
     with stream.Journal(run / "progress.json", [part, overlaps]) as journal:
-        left = stream.chunks(itertools.islice(enumerate(stream.rows(path), 1), journal.done, None), chunk)
-        with log.progress(what=f"decontaminate {path.name}", unit="record", done=journal.done) as bar:
-            for rows, found in ordered(work, left, workers=workers, lost=_lost):
-                known = {overlap.record for overlap in found}
-                found += meaning({name: text for name, text, _ in rows if name not in known})
-                reasons = {overlap.record: f"in a benchmark: {overlap.measure}" for overlap in reversed(found)}
-                fresh = [row for name, _, row in rows if name not in reasons]
-                counts = {"in": Counter(records=len(rows)), "out": Counter(records=len(fresh)),
-                          "dropped": Counter(reasons.values())}
-                journal.commit({part: fresh, overlaps: found}, done=len(rows), counts=counts)
-                bar.update(len(rows))
+        journal.extend(work, itertools.islice(enumerate(stream.rows(path), 1), journal.done, None), take, chunk=chunk,
+                       lost=_lost, runner=runner, workers=workers, what=f"decontaminate {path.name}", unit="record",
+                       total=stream.count(path))
     report(run, index(benchmarks), checked=journal.done)
     os.replace(part, out)
     return journal.counts

@@ -53,6 +53,7 @@ def make(c: Mapping, *, book: Path | None = None, label: str = "") -> None:
     """
     check(c)
     kind, folder = c["engine"]["kind"], Path(c["run"])
+    book, todo = book or folder / "stages.json", wanted(c)
     settings, benchmarks = c["engine"][kind], decontaminate.find_files(c["seeds"]["benchmarks"])
     run = Run(c, engines.identity(kind, c["start"], **settings),
               functools.cache(lambda: engines.make(kind, c["start"], **settings)))
@@ -61,17 +62,18 @@ def make(c: Mapping, *, book: Path | None = None, label: str = "") -> None:
                  "pairs": {key: value for key, value in c["pairs"].items() if key != "rules"}}
     log.say(f"{folder}: benchmarks compared with: {', '.join(path.name for path in benchmarks) or 'none is here'}")
     with jax.set_mesh(mesh.make(**c["mesh"])):
-        for name, reads in wanted(c).items():
+        for number, (name, reads) in enumerate(todo.items(), 1):
             work, sections = STAGES[name.split("-")[0]]
             out, sources = file(c, name), [file(c, read) for read in reads]
-            _check_inputs(name, sources)
+            _check_inputs(name, sources, book)
             inputs = {read: records.fingerprint(source) for read, source in zip(reads, sources, strict=True)}
             if name == "seeds":
                 seeds.claim(*_seeding(run, out))
             else:
                 log.claim(folder / name, {key: known[key] for key in sections} | {"reads": inputs}, free=FREE)
             if jax.process_index() == 0 or work in SHARED:
-                log.once(book or folder / "stages.json", label + name, functools.partial(work, run, out, *sources))
+                log.say(f"{label}{name}, stage {number} of {len(todo)}")
+                log.once(book, label + name, functools.partial(work, run, out, *sources))
             mesh.wait_for_hosts(name)
 
 
@@ -104,9 +106,11 @@ def check(c: Mapping) -> None:
     names = () if c["stages"] == "all" else c["stages"].split(",")
     wrong = [f"stages: got {name!r}, available are {[*plan(c)]}" for name in names if name not in plan(c)]
     tries = [lambda: respond.check(c["response"]["prompt"]), lambda: sandbox.backend(c["sandbox"]["backend"]),
-             lambda: _check_start(c), *(functools.partial(pair_settings, c, rule) for rule in c["pairs"]["rules"]),
+             *(functools.partial(stream.ordered_by, c[name]["runner"]) for name in ("seeds", "sandbox")),
+             *(functools.partial(pair_settings, c, rule) for rule in c["pairs"]["rules"]),
+             *(functools.partial(Run(c, {}, None).asking, name) for name in ASKED),
              lambda: dimensions.check(*c["dimensions"], *c["rewrite"]["dimensions"], *_scored(c)),
-             *(functools.partial(Run(c, {}, None).asking, name) for name in ASKED)]
+             lambda: _check_start(c)]
     for attempt in tries:
         try:
             attempt()
@@ -120,6 +124,8 @@ def check(c: Mapping) -> None:
         wrong.append("judge.start: expected the name or the folder of the model that judges")
     if c["judge"]["second"]["start"] and c["judge"]["kind"] != "engine":
         wrong.append("judge.second: a second judge is compared with a first one of kind 'engine'")
+    if c["judge"]["start"] and c["judge"]["second"]["start"] == c["judge"]["start"]:
+        wrong.append("judge.second.start: expected another model than judge.start")
     if c["judge"]["kind"] not in JUDGES:
         wrong.append(f"judge.kind: got {c['judge']['kind']!r}, available are {[*JUDGES]}")
     if wrong:
@@ -144,13 +150,12 @@ def _margin(c: Mapping) -> float | Mapping[str, float]:
     return (static.MARGINS if by == "dimension" else static.MARGINS.get(by, 0.0)) if is_static else 1.0
 
 
-def _check_inputs(name: str, sources: list[Path]) -> None:
+def _check_inputs(name: str, sources: list[Path], book: Path) -> None:
     for source in sources:
         if not source.is_file():
             raise ValueError(f"stage {name!r} reads {source}, which is not there; run the stage before it")
         if not source.stat().st_size:
-            raise ValueError(f"stage {name!r} reads {source}, which has no records; stages.json says why they were "
-                             "dropped")
+            raise ValueError(f"stage {name!r} reads {source}, which has no records; {book} says why they were dropped")
 
 
 def _check_start(c: Mapping) -> None:

@@ -29,14 +29,14 @@ def score(out: Path, judged: Iterable[Mapping], *, judge: Judge, dimensions: Seq
     part, journal_path = out.with_name(f"{out.stem}.partial.jsonl"), out.with_name("progress.json")
     if not out.is_file():
         work = functools.partial(annotate, judge=judge, dimensions=tuple(dimensions))
+
+        def take(scored: list[Judged]) -> stream.Growth:
+            silent = Counter(name for response in scored for name, value in response.scores.items() if value is None)
+            return {part: scored}, len(scored), {"in": Counter(records=len(scored)), "no verdict": silent}
+
         with stream.Journal(journal_path, [part]) as journal:
-            left = stream.chunks(itertools.islice(judged, journal.done, None), chunk)
-            with log.progress(what="score", unit="answer", total=total, done=journal.done) as bar:
-                for scored in stream.runner(runner)(work, left, workers=workers, lost=_lost):
-                    silent = Counter(name for r in scored for name, value in r.scores.items() if value is None)
-                    counts = {"in": Counter(records=len(scored)), "no verdict": silent}
-                    journal.commit({part: scored}, done=len(scored), counts=counts)
-                    bar.update(len(scored))
+            journal.extend(work, itertools.islice(judged, journal.done, None), take, chunk=chunk, lost=_lost,
+                           runner=runner, workers=workers, what="score", unit="answer", total=total)
         os.replace(part, out)
     counts = stream.counts(journal_path)
     num = counts["in"]["records"]

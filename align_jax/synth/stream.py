@@ -65,7 +65,7 @@ def ordered(work: Callable[[list], Any], chunks: Iterable[list], *, workers: int
 RUNNERS = {"local": ordered, "ray": cluster.ordered}
 
 
-def runner(name: str) -> Callable[..., Iterator]:
+def ordered_by(name: str) -> Callable[..., Iterator]:
     """Return the `ordered` of that name."""
     if name not in RUNNERS:
         raise ValueError(f"runner: got {name!r}, expected one of {', '.join(RUNNERS)}")
@@ -105,6 +105,10 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+# New rows by file, the number of items that they come of, and what is counted of these.
+Growth = tuple[Mapping[Path, Iterable], int, Mapping[str, Counter]]
+
+
 class Journal:
     """The files of a stage that grow together, and what was counted so far.
 
@@ -125,6 +129,18 @@ class Journal:
     def __exit__(self, *error) -> None:
         for file in self._files.values():
             file.close()
+
+    def extend(self, work: Callable[[list], Any], items: Iterable, take: Callable[[Any], Growth], *, chunk: int,
+               lost: Callable[[Any], Any], runner: str = "local", workers: int = 1, **shown) -> None:
+        """Do `work` on chunks of the items that are left, and commit what `take` makes of each result, in order.
+
+        The progress bar is told `shown`: what, unit, total.
+        """
+        with log.progress(done=self.done, **shown) as bar:
+            for result in ordered_by(runner)(work, chunks(items, chunk), workers=workers, lost=lost):
+                new, done, counts = take(result)
+                self.commit(new, done=done, counts=counts)
+                bar.update(done)
 
     def commit(self, new: Mapping[Path, Iterable], *, done: int, counts: Mapping[str, Counter]) -> None:
         """Append rows to their files, add to what is done and counted, and make it last."""

@@ -35,13 +35,10 @@ def execute(out: Path, responses: Iterable[dict], *, backend: str = "auto", work
     if not out.is_file():
         part, mine = out.with_name(f"{names[host]}.jsonl"), _share(responses, host, hosts)
         work = functools.partial(judge, backend=sandbox.backend(backend), limits=sandbox.Limits(**limits))
+        take = lambda judged: ({part: judged}, len(judged), {"verdicts": Counter(j.status for j in judged)})
         with stream.Journal(out.with_name(f"{names[host]}.json"), [part]) as journal:
-            left = stream.chunks(itertools.islice(mine, journal.done, None), chunk)
-            with log.progress(what="execute", unit="program", total=total, done=journal.done) as bar:
-                for judged in stream.runner(runner)(work, left, workers=workers, lost=_lost):
-                    counts = {"verdicts": Counter(j.status for j in judged)}
-                    journal.commit({part: judged}, done=len(judged), counts=counts)
-                    bar.update(len(judged))
+            journal.extend(work, itertools.islice(mine, journal.done, None), take, chunk=chunk, lost=_lost,
+                           runner=runner, workers=workers, what="execute", unit="program", total=total)
         mesh.wait_for_hosts("executed")
         if host == 0:
             records.write(out, _joined([out.with_name(f"{name}.jsonl") for name in names]))

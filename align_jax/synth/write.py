@@ -114,6 +114,9 @@ def _shard(answers: Path, shard: Sequence[Row], engine: Engine, name: str, field
     asked = {id: asking.prompt(name, id, fields(row)) for id, row in by_id.items()}
     misfits = engine.too_long([*asked.items()], max_tokens=asking.max_tokens)
     asked = {id: prompt for id, prompt in asked.items() if id not in misfits}
+    if misfits:
+        log.say(f"{name}: {len(misfits)} of {len(shard)} prompts and max_tokens={asking.max_tokens} do not fit into "
+                "the model's positions; fewer `shots` make prompts shorter, asking.brief=True leaves all examples out")
     samples = _answers(answers, engine, name, asked, asking)
     found, dropped = [], Counter({"prompt too long": asking.n * len(misfits)})
     dropped["unanswered"] = asking.n * len(asked) - len(samples)
