@@ -74,6 +74,21 @@ class Unanswered(ConnectionError):
         self.is_halted = is_halted  # some were not even asked: the budget is spent, or nothing was answered any more
 
 
+def answered(who: Engine, prompts: Sequence[tuple[str, Text]], **settings) -> dict[str, list[Completion]]:
+    """The completions of every prompt that is answered, by id.
+
+    Raises:
+      Unanswered: some were not even asked.
+    """
+    found = {}
+    try:
+        found.update(who.generate(prompts, **settings))
+    except Unanswered as error:
+        if error.is_halted:
+            raise
+    return found
+
+
 class BadReply(RuntimeError):
     """A reply that is late or not what the interface promises; the next one may be."""
 
@@ -272,12 +287,9 @@ class _Call:
         again = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(_may_pass), stop=self._is_enough, before_sleep=self._tell, reraise=True,
             wait=tenacity.wait_random_exponential(self.endpoint.backoff, MAX_WAIT) + _wanted_wait)
-        written, tokens_in, tokens_out = await again(self._try, request, ks)
-        cost = (tokens_in * self.endpoint.price_in + tokens_out * self.endpoint.price_out) / 1e6
-        self.cache.put(request.key, dict(zip(ks, written, strict=False)), tokens_in, tokens_out, cost)
-        self.counts.update({"replies": 1, "tokens in": tokens_in, "tokens out": tokens_out})
-        self.spent, self.failures_in_a_row, self.is_reached = self.spent + cost, 0, True
-        return min(len(ks), len(written))
+        num_written = await again(self._try, request, ks)
+        self.failures_in_a_row, self.is_reached = 0, True
+        return min(len(ks), num_written)
 
     def _is_enough(self, state: tenacity.RetryCallState) -> bool:
         self.is_reached |= not _is_nobody_there(state.outcome.exception())
@@ -293,8 +305,8 @@ class _Call:
             log.say(f"{self.endpoint.model} at {self.endpoint.base_url}: asking again after {str(error)[:200]!r}; "
                     f"so far {dict(self.again.most_common())}")
 
-    async def _try(self, request: _Request, ks: list[int]) -> tuple[list[tuple[str, str]], int, int]:
-        """Send one request: what was written, tokens in, tokens out."""
+    async def _try(self, request: _Request, ks: list[int]) -> int:
+        """Send one request, keep what was written and what it cost; return how many completions came."""
         for pacer, amount in zip(self.pacers, (1, request.size + len(ks) * self.max_tokens), strict=True):
             if pacer:
                 await pacer.acquire(amount)
@@ -309,10 +321,21 @@ class _Call:
             raise BadReply(f"not whole within {self.endpoint.timeout} s") from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise BadReply("no JSON") from error
-        written = _read(reply, is_chat=kind == "messages")
-        used = [getattr(reply.usage, f"{what}_tokens", None) for what in ("prompt", "completion")]
-        guess = request.size, sum(len(text) // CHARS_PER_TOKEN + 1 for text, _ in written)
-        return written, *(n if isinstance(n, int) else guess[i] for i, n in enumerate(used))
+        written = []
+        try:
+            written = _read(reply, is_chat=kind == "messages")
+        finally:  # a reply that is of no use was paid for as well
+            used = (getattr(getattr(reply, "usage", None), f"{what}_tokens", None) for what in ("prompt", "completion"))
+            guess = request.size, sum(len(text) // CHARS_PER_TOKEN + 1 for text, _ in written)
+            self._keep(request, dict(zip(ks, written, strict=False)),
+                       *(n if isinstance(n, int) else guessed for n, guessed in zip(used, guess, strict=True)))
+        return len(written)
+
+    def _keep(self, request: _Request, written: dict[int, tuple[str, str]], tokens_in: int, tokens_out: int) -> None:
+        cost = (tokens_in * self.endpoint.price_in + tokens_out * self.endpoint.price_out) / 1e6
+        self.cache.put(request.key, written, tokens_in, tokens_out, cost)
+        self.counts.update({"replies": 1, "tokens in": tokens_in, "tokens out": tokens_out})
+        self.spent += cost
 
     def summary(self) -> str:
         """Say what was asked and what it cost."""

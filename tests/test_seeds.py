@@ -416,6 +416,18 @@ def test_a_row_without_text_is_counted_and_a_wrong_column_told(tmp_path):
         list(seeds.documents(source(path, column="text")))
 
 
+def test_a_source_that_changed_is_another_run(folder, tmp_path):
+    from configs import seeds as settings
+
+    c = settings.get_config().to_dict() | {"run": str(tmp_path / "run"), "source": source(folder), "benchmarks": ()}
+    seeds.claim(c)
+    (tmp_path / "run" / "seeds.partial.jsonl").touch()
+    seeds.claim(c)
+    (folder / "new.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match="holds a run with another config.*\n.*documents"):
+        seeds.claim(c)
+
+
 # --- the command
 
 

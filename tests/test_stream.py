@@ -229,6 +229,19 @@ def test_a_kill_within_a_commit_is_before_or_after_it(tmp_path, monkeypatch):
     assert contents(tmp_path / "killed").items() >= contents(tmp_path / "whole").items()
 
 
+def test_two_processes_do_not_write_one_folder(tmp_path):
+    held = tmp_path / "odd.jsonl"
+    with stream.Journal(tmp_path / "progress.json", [held]) as journal:
+        journal.commit({held: [{"n": 1}]}, done=1, counts={})
+        program = ("import sys; from pathlib import Path; from align_jax.synth import stream; "
+                   "stream.Journal(Path(sys.argv[1]), [Path(sys.argv[2])])")
+        other = subprocess.run([sys.executable, "-c", program, str(tmp_path / "progress.json"), str(held)],
+                               capture_output=True, text=True)
+        assert f"ValueError: {held} is being written by another process" in other.stderr
+    with stream.Journal(tmp_path / "progress.json", [held]) as journal:
+        assert journal.done == 1 and [*stream.rows(held)] == [{"n": 1}]
+
+
 def test_a_file_that_lost_what_was_committed_is_refused(tmp_path):
     write(tmp_path, range(6), chunk=3)
     (tmp_path / "odd.jsonl").write_text("")

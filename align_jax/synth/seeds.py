@@ -136,6 +136,14 @@ def size(source: Mapping) -> int | None:
     return sum(1 for _ in _files(path, source["exclude"])) if os.path.isdir(path) else None
 
 
+def _listing(source: Mapping) -> str | None:
+    """What names the documents of a folder or a file, from which a killed run goes on; None of a data set."""
+    path = Path(source["path"])
+    files = _files(str(path), source["exclude"]) if path.is_dir() else filter(Path.is_file, [path])
+    sizes = [(str(file.relative_to(path)), file.lstat().st_size) for file in files]
+    return records.fingerprint(sizes) if sizes else None
+
+
 def _keep(results: Iterable, dropped: Counter) -> list:
     """Sort the reasons out of a list of results, and count them."""
     results = list(results)
@@ -202,7 +210,8 @@ def claim(c: Mapping, judged_by: Mapping | None = None) -> Path:
     """Make or take up the folder of a config's seeds."""
     files = decontaminate.find_files(c["benchmarks"])
     deciding = {key: c[key] for key in c if key not in ("run", "runner", "workers", "chunk")}
-    deciding |= {"benchmarks": {str(f): records.fingerprint(f) for f in files}, "judged_by": judged_by}
+    deciding |= {"benchmarks": {str(f): records.fingerprint(f) for f in files}, "judged_by": judged_by,
+                 "documents": _listing(c["source"])}
     return log.claim(c["run"], deciding)
 
 

@@ -118,10 +118,13 @@ class Journal:
 
     def __init__(self, path: Path, files: Iterable[Path], *, is_writer: bool = True):
         self.path, self._is_writer = path, is_writer  # one of several hosts writes, all count
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._files = {file: records.hold(file.open("ab")) for file in files if is_writer}
         state = json.loads(path.read_text()) if path.is_file() else {"done": 0, "counts": {}, "bytes": {}}
         self.done: int = state["done"]
-        self.counts = counts(path) if path.is_file() else {}
-        self._files = {file: _reopen(file, state["bytes"].get(file.name, 0)) for file in files if is_writer}
+        self.counts = counts(path)
+        for file, stream in self._files.items():
+            _cut(file, stream, state["bytes"].get(file.name, 0))
 
     def __enter__(self):
         return self
@@ -180,13 +183,10 @@ def tell(count: Counter) -> str:
     return ", ".join(f"{number:,} {reason}" for reason, number in count.most_common()) or "none"
 
 
-def _reopen(path: Path, length: int):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = path.stat().st_size if path.is_file() else 0
-    if found < length:
-        raise ValueError(f"{path}: got {found} bytes, expected at least the {length} of the last commit; delete the "
-                         "run folder to start again")
-    file = path.open("ab")
+def _cut(path: Path, file, length: int) -> None:
+    """Cut a file back to the length of the last commit."""
+    if file.tell() < length:
+        raise ValueError(f"{path}: got {file.tell()} bytes, expected at least the {length} of the last commit; delete "
+                         "the run folder to start again")
     file.truncate(length)
     file.seek(length)
-    return file

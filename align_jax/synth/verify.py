@@ -18,10 +18,12 @@ import jax
 
 from align_jax import log, mesh, records, sandbox, text
 from align_jax.records import Judged, Problem, Sample
-from align_jax.synth import stream
+from align_jax.synth import checks, stream
 
+UNTESTED = sandbox.Verdict(status="untested", detail="its tests pass without the solution", stdout="", stderr="",
+                           seconds=0.0, reward=0.0)
 SHARE = 256  # responses in a row that one of several hosts takes
-KEPT = ("id", "task_id", "prompt", "completion", "finish", "solution_text", "dimension")  # of a response
+KEPT = ("id", "task_id", "prompt", "completion", "finish", "solution_text", "instruction", "dimension")  # of a response
 
 
 def execute(out: Path, responses: Iterable[dict], *, backend: str = "auto", workers: int = 1, runner: str = "local",
@@ -49,9 +51,17 @@ def execute(out: Path, responses: Iterable[dict], *, backend: str = "auto", work
 
 
 def judge(responses: Sequence[Mapping], *, backend: str, limits: sandbox.Limits) -> list[Judged]:
-    """Judge responses by their own tests. Pure but for the machine's load, so any engine maps it."""
+    """Judge responses by their own tests. Pure but for the machine's load, so any engine maps it.
+
+    Tests that pass run again without the solution: if they still pass, the status is "untested".
+    """
+    run = functools.partial(run_distinct, backend=backend, limits=limits, workers=1)
     jobs = [(row["program"], tuple(row["tests"])) for row in responses]
-    verdict_of = run_distinct(jobs, backend=backend, limits=limits, workers=1)
+    verdict_of = run(jobs)
+    passed = [job for job, verdict in verdict_of.items() if verdict.status == "passed"]
+    alone = {job: (checks.without(job[0]), job[1]) for job in passed}
+    control = run(alone.values())
+    verdict_of |= {job: UNTESTED for job in passed if control[alone[job]].status == "passed"}
     return [_judged({name: row[name] for name in KEPT}, verdict_of[job])
             for row, job in zip(responses, jobs, strict=True)]
 

@@ -83,6 +83,7 @@ def stage(out: Path, source: Iterable[Row], engine: Engine, *, name: str, fields
     with stream.Journal(out.with_name("progress.json"), files, is_writer=is_writer) as journal:
         mesh.wait_for_hosts("open")
         choose = chooser(stream.rows(part)) if chooser else None
+        mesh.wait_for_hosts("read")  # only now may the first one append
         rows = itertools.islice(source, journal.done, None)
         with log.progress(what=out.stem, unit="record", total=total, done=journal.done) as bar:
             for shard in stream.chunks(rows, asking.shard):
