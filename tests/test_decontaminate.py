@@ -233,13 +233,11 @@ def test_the_stage_with_an_embedding(tmp_path):
 
 
 def test_a_field_is_found_whatever_stands_beside_it(tmp_path):
-    lines = [f"    v{i} = " + " + ".join(f"w{i}{k}" for k in "abcdefgh") for i in range(8)]  # too short for 10-grams
-    records.write(tmp_path / "bench.jsonl", [{"task_id": 0, "prompt": "def f():\n", "canonical_solution":
-                                              "\n".join(lines)}])
-    shuffled = "\n".join(lines[::-1])
+    one, two = "Count hills that can see the far western sea", "from left to right over every lower hill between"
+    records.write(tmp_path / "bench.jsonl", [{"task_id": 0, "prompt": f"{one}, {two}."}])
     long = " ".join(f"a{i}" for i in range(200))
-    records.write(tmp_path / "in.jsonl", [{"id": "a", "prompt": long, "chosen": shuffled, "rejected": long},
-                                          {"id": "b", "prompt": long, "chosen": long, "rejected": long}])
+    records.write(tmp_path / "in.jsonl", [{"id": name, "prompt": prompt, "chosen": long, "rejected": long}
+                                          for name, prompt in (("a", f"{two}: {one}"), ("b", long))])
     counts = decontaminate.clean(tmp_path / "run", tmp_path / "in.jsonl", fields=("prompt", "chosen", "rejected"),
                                  benchmarks=(str(tmp_path / "bench.jsonl"),))
     assert [row["id"] for row in stream.rows(tmp_path / "run" / "clean.jsonl")] == ["b"]
