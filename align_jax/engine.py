@@ -12,12 +12,14 @@ import asyncio
 import contextlib
 import dataclasses
 import email.utils
+import itertools
 import json
+import math
 import os
 import queue
 import sqlite3
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -41,6 +43,8 @@ PREFILL = {
 }
 FINISHES = ("stop", "length", "content_filter")
 MAX_WAIT = 60.0  # seconds between two attempts; a server may ask for up to ten times as much
+FIRST_ATTEMPTS = 4  # to connect to an endpoint that has not answered yet: a wrong address is known within seconds
+SAY_EVERY = 15.0  # seconds between two words about what goes wrong
 CHARS_PER_TOKEN = 3  # of code, on the low side; where the endpoint does not count
 
 
@@ -59,11 +63,30 @@ class Unanswered(ConnectionError):
     """Some prompts have no answer, by id in `failures`; all others were yielded, and asking again asks for these."""
 
     def __init__(self, failures: Mapping[str, str], *, by: str = "an endpoint", is_halted: bool = False):
-        lines = [f"  {name}: {why}" for name, why in failures.items()]
-        more = [f"  ... and {len(lines) - 100} more, in `failures`"] if len(lines) > 100 else []
-        super().__init__("\n".join([f"{len(lines)} prompt(s) without an answer by {by}:", *lines[:100], *more]))
+        names = defaultdict(list)
+        for name, why in failures.items():
+            names[why].append(name)
+        lines = [f"  {', '.join(of[:3])}{f' and {len(of) - 3} more' * (len(of) > 3)}: {why}"
+                 for why, of in itertools.islice(names.items(), 20)]
+        more = [f"  ... and {len(names) - 20} other reasons, in `failures`"] if len(names) > 20 else []
+        super().__init__("\n".join([f"{len(failures)} prompt(s) without an answer by {by}:", *lines, *more]))
         self.failures = dict(failures)
         self.is_halted = is_halted  # some were not even asked: the budget is spent, or nothing was answered any more
+
+
+def answered(who: Engine, prompts: Sequence[tuple[str, Text]], **settings) -> dict[str, list[Completion]]:
+    """The completions of every prompt that is answered, by id.
+
+    Raises:
+      Unanswered: some were not even asked.
+    """
+    found = {}
+    try:
+        found.update(who.generate(prompts, **settings))
+    except Unanswered as error:
+        if error.is_halted:
+            raise
+    return found
 
 
 class BadReply(RuntimeError):
@@ -117,6 +140,8 @@ class Endpoint:
             wrong.append(f"api_key_env: the environment variable {self.api_key_env} is not set")
         if self.budget is not None and not (self.price_in or self.price_out):
             wrong.append(f"budget: got {self.budget} without price_in or price_out, nothing would ever be spent")
+        if not self.base_url:
+            wrong.append("base_url: expected the endpoint's address, such as http://localhost:8000/v1")
         wrong += [f"{key}: got {getattr(self, key)}, expected 1 or more"
                   for key in ("concurrency", "choices", "attempts", "give_up") if getattr(self, key) < 1]
         if jax.process_count() > 1:
@@ -197,6 +222,7 @@ class _Call:
         self.endpoint, self.requests, self.n, self.max_tokens, self.emit = endpoint, requests, n, max_tokens, emit
         self.failures, self.failures_in_a_row, self.is_halted = {}, 0, False
         self.counts, self.again, self.jobs_left, self.spent = Counter(), Counter(), {}, 0.0
+        self.is_reached, self.said = False, -math.inf  # by any reply, also one that refuses; when trouble was told of
 
     async def run(self) -> None:
         """Ask for everything that the cache does not have."""
@@ -231,6 +257,7 @@ class _Call:
                     ks = ks[await self._ask(request, ks):]
             except (openai.OpenAIError, BadReply, Refused) as error:
                 cause = f" ({error.__cause__})" if error.__cause__ else ""
+                self.is_reached |= not _is_nobody_there(error)
                 self.failures[request.name] = f"{type(error).__name__}: {error}{cause}"[:500]
                 self.failures_in_a_row += 1
             if not ks:
@@ -246,6 +273,8 @@ class _Call:
         budget, why = self.endpoint.budget, None
         if budget is not None and self.cache.spent() >= budget:
             why = f"the budget of {budget} is spent"
+        elif self.failures and not self.is_reached:
+            why = "nobody was there"
         elif self.failures_in_a_row >= self.endpoint.give_up:
             why = f"{self.failures_in_a_row} requests failed in a row"
         if why:
@@ -256,18 +285,28 @@ class _Call:
     async def _ask(self, request: _Request, ks: list[int]) -> int:
         """Ask for completions `ks`, until something comes; return how many came."""
         again = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(_may_pass), stop=tenacity.stop_after_attempt(self.endpoint.attempts),
-            wait=tenacity.wait_random_exponential(self.endpoint.backoff, MAX_WAIT) + _wanted_wait, reraise=True,
-            before_sleep=lambda state: self.again.update([type(state.outcome.exception()).__name__]))
-        written, tokens_in, tokens_out = await again(self._try, request, ks)
-        cost = (tokens_in * self.endpoint.price_in + tokens_out * self.endpoint.price_out) / 1e6
-        self.cache.put(request.key, dict(zip(ks, written, strict=False)), tokens_in, tokens_out, cost)
-        self.counts.update({"replies": 1, "tokens in": tokens_in, "tokens out": tokens_out})
-        self.spent, self.failures_in_a_row = self.spent + cost, 0
-        return min(len(ks), len(written))
+            retry=tenacity.retry_if_exception(_may_pass), stop=self._is_enough, before_sleep=self._tell, reraise=True,
+            wait=tenacity.wait_random_exponential(self.endpoint.backoff, MAX_WAIT) + _wanted_wait)
+        num_written = await again(self._try, request, ks)
+        self.failures_in_a_row, self.is_reached = 0, True
+        return min(len(ks), num_written)
 
-    async def _try(self, request: _Request, ks: list[int]) -> tuple[list[tuple[str, str]], int, int]:
-        """Send one request: what was written, tokens in, tokens out."""
+    def _is_enough(self, state: tenacity.RetryCallState) -> bool:
+        self.is_reached |= not _is_nobody_there(state.outcome.exception())
+        attempts = self.endpoint.attempts
+        return state.attempt_number >= (attempts if self.is_reached else min(attempts, FIRST_ATTEMPTS))
+
+    def _tell(self, state: tenacity.RetryCallState) -> None:
+        """Count an attempt that failed, and say so now and then."""
+        error = state.outcome.exception()
+        self.again[type(error).__name__] += 1
+        if time.monotonic() - self.said > SAY_EVERY:
+            self.said = time.monotonic()
+            log.say(f"{self.endpoint.model} at {self.endpoint.base_url}: asking again after {str(error)[:200]!r}; "
+                    f"so far {dict(self.again.most_common())}")
+
+    async def _try(self, request: _Request, ks: list[int]) -> int:
+        """Send one request, keep what was written and what it cost; return how many completions came."""
         for pacer, amount in zip(self.pacers, (1, request.size + len(ks) * self.max_tokens), strict=True):
             if pacer:
                 await pacer.acquire(amount)
@@ -282,10 +321,21 @@ class _Call:
             raise BadReply(f"not whole within {self.endpoint.timeout} s") from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise BadReply("no JSON") from error
-        written = _read(reply, is_chat=kind == "messages")
-        used = [getattr(reply.usage, f"{what}_tokens", None) for what in ("prompt", "completion")]
-        guess = request.size, sum(len(text) // CHARS_PER_TOKEN + 1 for text, _ in written)
-        return written, *(n if isinstance(n, int) else guess[i] for i, n in enumerate(used))
+        written = []
+        try:
+            written = _read(reply, is_chat=kind == "messages")
+        finally:  # a reply that is of no use was paid for as well
+            used = (getattr(getattr(reply, "usage", None), f"{what}_tokens", None) for what in ("prompt", "completion"))
+            guess = request.size, sum(len(text) // CHARS_PER_TOKEN + 1 for text, _ in written)
+            self._keep(request, dict(zip(ks, written, strict=False)),
+                       *(n if isinstance(n, int) else guessed for n, guessed in zip(used, guess, strict=True)))
+        return len(written)
+
+    def _keep(self, request: _Request, written: dict[int, tuple[str, str]], tokens_in: int, tokens_out: int) -> None:
+        cost = (tokens_in * self.endpoint.price_in + tokens_out * self.endpoint.price_out) / 1e6
+        self.cache.put(request.key, written, tokens_in, tokens_out, cost)
+        self.counts.update({"replies": 1, "tokens in": tokens_in, "tokens out": tokens_out})
+        self.spent += cost
 
     def summary(self) -> str:
         """Say what was asked and what it cost."""
@@ -358,6 +408,10 @@ def _may_pass(error: BaseException) -> bool:
         passing = error.status_code in (408, 409, 425, 429) or error.status_code >= 500
         return passing and error.code != "insufficient_quota"
     return isinstance(error, openai.APIConnectionError | BadReply)
+
+
+def _is_nobody_there(error: BaseException) -> bool:
+    return type(error.__cause__).__name__ == "ConnectError"  # of httpx or httpx2, as the client's version has it
 
 
 def _wanted_wait(retry_state: tenacity.RetryCallState) -> float:

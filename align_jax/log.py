@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
+
+PLAIN = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"  # a bar in a file
 
 
 def command(main: Callable) -> None:
@@ -35,7 +38,8 @@ def command(main: Callable) -> None:
         try:
             main(config.value.to_dict())
         except KeyboardInterrupt:
-            raise SystemExit("interrupted; the same command continues") from None
+            print("interrupted; the same command continues", file=sys.stderr, flush=True)
+            os._exit(130)  # all is closed; taking jax down while it computes ends in a segmentation fault
         except (ValueError, OSError) as error:
             frames = traceback.extract_tb(error.__traceback__)
             if isinstance(error, OSError) or Path(__file__).parent in Path(frames[-1].filename).parents:
@@ -52,9 +56,10 @@ def say(message: str) -> None:
 
 
 def progress(items=None, *, total: int | None = None, what: str, unit: str = "it", done: int = 0):
-    """A progress bar with rate and time left; silent on the other hosts."""
-    return tqdm(items, total=total, desc=what, unit=unit, initial=done, dynamic_ncols=True, mininterval=1.0,
-                disable=jax.process_index() != 0, leave=False)
+    """A progress bar with rate and time left, a line now and then in a file; silent on the other hosts."""
+    look = {"mininterval": 1.0} if sys.stderr.isatty() else {"mininterval": 20.0, "bar_format": PLAIN}
+    return tqdm(items, total=total, desc=what, unit=unit, initial=done, dynamic_ncols=True, leave=False,
+                disable=jax.process_index() != 0, **look)
 
 
 def check_set(config: dict) -> None:
@@ -104,6 +109,7 @@ def once(book: Path, name: str, work: Callable[[], dict]) -> None:
     """Do a stage unless the book says that it was done; write down what came in, went out and was dropped."""
     done = json.loads(book.read_text()) if book.is_file() else {}
     if name in done:
+        say(f"{name}: was done before")
         return
     began = time.perf_counter()
     did = work() | {"seconds": round(time.perf_counter() - began, 1)}

@@ -6,10 +6,11 @@ The mesh is explicit and always set, on one device too, so that a CPU test runs 
 import os
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import multihost
 
 AXES = ("data", "fsdp", "tensor")
+LONGEST_WAIT = 7 * 24 * 3600 * 1000  # milliseconds
 
 RULES = {  # what an array axis is -> the mesh axes it is split over
     "rows": ("data", "fsdp"),  # batch rows, prompts, samples
@@ -61,6 +62,9 @@ def start_hosts() -> None:
 
 
 def wait_for_hosts(what: str) -> None:
-    """Wait until all hosts are here: the first one has written what the others are going to read."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"align_jax: {what}")
+    """Wait until all hosts are here: the first one has written what the others are going to read.
+
+    By the coordinator, which notices a host that died, and not by the devices, whose collectives give up while the
+    first host works for an hour alone (on CPUs after 30 minutes).
+    """
+    multihost.get_barrier_sync_fn()(key=f"align_jax: {what}", timeout_ms=LONGEST_WAIT)

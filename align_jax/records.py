@@ -6,6 +6,7 @@ elsewhere loads unchanged and ours loads elsewhere; columns we do not know are l
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -79,6 +80,7 @@ class Response:
     solution_text: str  # the completion without its tests
     program: str
     tests: list
+    instruction: str = ""  # of its task, as it stands in the prompt
     dimension: str = ""  # under whose principle it was written
 
 
@@ -148,6 +150,7 @@ class Judged:
     detail: str
     reward: float
     solution_text: str | None = None  # the completion without the tests that it wrote; None where it wrote none
+    instruction: str = ""  # of a task; "" where the prompt is all that there is
     dimension: str = ""  # under whose principle it was written
     scores: dict = dataclasses.field(default_factory=dict)  # dimension -> score, higher is better, None: no verdict
 
@@ -222,8 +225,9 @@ class Appender:
     """A JSONL file that begins with some rows and takes more, flushed after every write."""
 
     def __init__(self, path: Path, first: Iterable[Any]):
-        write(path, first)
-        self._file = path.open("a", encoding="utf-8")
+        with hold(path.open("a", encoding="utf-8")):
+            write(path, first)
+            self._file = hold(path.open("a", encoding="utf-8"))
 
     def __enter__(self):
         return self
@@ -235,6 +239,15 @@ class Appender:
         """Append rows; a kill can cut the last one short, which `read(bad_lines="skip")` leaves out."""
         self._file.writelines(map(line, rows))
         self._file.flush()
+
+
+def hold(file):
+    """Take an open file for this process alone, until it is closed: two runs in one folder would write all twice."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{file.name} is being written by another process") from None
+    return file
 
 
 def line(row: Any) -> str:

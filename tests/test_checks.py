@@ -8,7 +8,7 @@ from align_jax import sandbox
 from align_jax.synth import checks
 from align_jax.text import Unusable
 
-RIGHT = "def double(x):\n    if x is None:\n        raise ValueError\n    return 2 * x"
+RIGHT = "def double(x):\n    if x is None:\n        raise ValueError\n    y = 2 * x\n    return y"
 WRONG = RIGHT.replace("2", "3")
 BROKEN = "def double(x):\n    return undefined"
 
@@ -62,6 +62,10 @@ FORMS = {
                 check(1)""",
     "a pytest class": "class TestDouble:\n    def test_one(self):\n        assert double(1) == 2",
     "the import of a made-up module": "from my_solution import double\nassert double(1) == 2",
+    "the import of a made-up module, or else a stand-in":
+        "try:\n    from my_solution import double\nexcept ImportError:\n    def double(x): return 2 * x\n\n"
+        "assert double(1) == 2",
+    "all of a made-up module": "from my_solution import *\nassert double(1) == 2",
     "a copy of the solution": RIGHT + "\n\nassert double(1) == 2",
     "raise": "if double(1) != 2:\n    raise AssertionError('no')",
     "numpy": "import numpy as np\nnp.testing.assert_allclose(double(np.ones(2)), [2, 2])",
@@ -108,6 +112,7 @@ REFUSED = {
         "try:\n    assert double(1) == 3\nexcept AssertionError as error:\n    print('failed', double, error)",
         "try:\n    assert double(1) == 3\nexcept:\n    pass",
         "try:\n    double(None)\n    assert False\nexcept Exception:\n    pass",
+        "import contextlib\nwith contextlib.suppress(Exception):\n    assert double(1) == 3",
         "if False:\n    f = lambda: double(1)\n", "import unittest\nclass T(unittest.TestCase):\n"
         "    def test_one(self):\n        double(1)\nunittest.main()",
     ],
@@ -121,12 +126,19 @@ REFUSED = {
         "class TestOne:\n    def setup_method(self):\n        self.x = 1\n    def test_one(self):\n"
         "        assert double(self.x) == 2",
         "def a(x):\n    b(x)\n    assert double(x) == 2\ndef b(x):\n    a(x)",
+        "import unittest\nclass T(unittest.TestCase):\n    async def test_one(self):\n"
+        "        self.assertEqual(double(1), 2)",
+        "import unittest\nclass T(unittest.TestCase):\n    @unittest.skip('later')\n    def test_one(self):\n"
+        "        self.assertEqual(double(1), 2)",
     ],
     "tests redefine the solution": [
         "def double(x):\n    return x + x\nassert double(1) == 2",
         "if __name__ == '__main__':\n    class double:\n        pass\n    assert double(1) == 2",
+        "double = lambda x: x + x\nassert double(1) == 2",
+        "try:\n    from math import tau as t\nexcept ImportError:\n    def double(x): return 2\nassert double(1) == 2",
     ],
-    "tests never use the solution": ["assert 1 + 1 == 2", "def test():\n    assert sum([1, 1]) == 2"],
+    "tests never use the solution": [
+        "assert 1 + 1 == 2", "def test():\n    assert sum([1, 1]) == 2", "y = sorted([2, 1])\nassert y == [1, 2]"],
     "tests: syntax": ["assert double(1) == ", "assert double(1) = 2", "x\0", "(" * 500 + ")" * 500],
 }
 
@@ -136,6 +148,30 @@ def test_tests_that_say_nothing_are_refused(reason, tests):
     with pytest.raises(Unusable) as refused:
         checks.of(tests or "double", RIGHT)
     assert refused.value.reason == reason
+
+
+SILENT = ["for x in []:\n    assert double(x) == 2", "def test():\n    return\n    assert double(1) == 2",
+          "def outer():\n    def inner():\n        assert double(1) == 2\n    assert callable(inner)",
+          "print(double)\nassert 1 == 1", "assert callable(double)"]
+
+
+@pytest.mark.parametrize("tests", [*SILENT, "assert double(1) == 3"])
+def test_tests_that_pass_without_the_solution_label_nothing(tests):
+    from align_jax.synth import verify
+
+    row = dict.fromkeys(verify.KEPT, "") | {"program": WRONG, "tests": checks.of(tests, WRONG)}
+    (judged,) = verify.judge([row], backend=sandbox.backend(), limits=sandbox.Limits(wall_s=60))
+    assert (judged.status, judged.reward) == (("untested", 0.0) if tests in SILENT else ("passed", 1.0))
+
+
+def test_a_program_without_itself_has_its_names_and_imports():
+    program = "import math\nfrom os import path as p\nK = 3\ndef f(): return [x for x in 'a']\nclass A: z = 1\n"
+    names = {}
+    exec(checks.without(program), names)
+    assert {"math", "p", "K", "f", "A"} <= names.keys() and not {"x", "z"} & names.keys()
+    for use in ("f()", "A.z", "K + 1", "K == 3", "bool(K)", "[*f]", "isinstance(1, A)"):
+        with pytest.raises(BaseException, match="^$|isinstance"):
+            eval(use, names)
 
 
 def test_groups_hold_what_stands_before_their_assert_and_nothing_behind():

@@ -232,6 +232,18 @@ def test_the_stage_with_an_embedding(tmp_path):
     assert counts["in"]["records"] == counts["out"]["records"] + counts["dropped"].total()
 
 
+def test_a_field_is_found_whatever_stands_beside_it(tmp_path):
+    one, two = "Count hills that can see the far western sea", "from left to right over every lower hill between"
+    records.write(tmp_path / "bench.jsonl", [{"task_id": 0, "prompt": f"{one}, {two}."}])
+    long = " ".join(f"a{i}" for i in range(200))
+    records.write(tmp_path / "in.jsonl", [{"id": name, "prompt": prompt, "chosen": long, "rejected": long}
+                                          for name, prompt in (("a", f"{two}: {one}"), ("b", long))])
+    counts = decontaminate.clean(tmp_path / "run", tmp_path / "in.jsonl", fields=("prompt", "chosen", "rejected"),
+                                 benchmarks=(str(tmp_path / "bench.jsonl"),))
+    assert [row["id"] for row in stream.rows(tmp_path / "run" / "clean.jsonl")] == ["b"]
+    assert counts["dropped"] == {"in a benchmark: near": 1}
+
+
 def test_a_field_that_is_not_there(tmp_path):
     records.write(tmp_path / "in.jsonl", rows())
     with pytest.raises(ValueError, match=r"fields: got \['chosen'\], but 1 record\(s\) lack one: line 1 has "):

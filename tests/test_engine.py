@@ -326,9 +326,19 @@ def test_an_endpoint_that_only_fails_is_left_alone(fault, endpoint):
             list(endpoint(server, give_up=5, concurrency=3).generate(named(100), **ASK))
         assert 5 <= len(server.bodies) <= 7
         assert Counter("not asked any more, 5" in why for why in caught.value.failures.values())[True] > 90
-    gone = endpoint(server, give_up=1, attempts=2)  # the port is closed now
-    with pytest.raises(engine.Unanswered, match="p0: APIConnectionError"):
-        list(gone.generate(named(1), **ASK))
+
+
+def test_where_nobody_listens_is_said_after_a_few_attempts(endpoint, capsys):
+    with serving() as server:
+        pass  # the port is closed now
+    with pytest.raises(engine.Unanswered, match=f"100 prompt.*without an answer by m at {server.url}") as caught:
+        list(endpoint(server, backoff=0.01, concurrency=3).generate(named(100), **ASK))
+    said = capsys.readouterr().out
+    assert "asking again after 'Connection error.'" in said and "failed; 0 tokens in" in said
+    assert said.count("asking again") == 1  # and not once a request
+    counts = Counter(caught.value.failures.values())
+    assert counts["not asked any more, nobody was there"] == 97 and len(str(caught.value).splitlines()) == 3
+    assert ": APIConnectionError: Connection error. (All connection attempts failed)" in str(caught.value)
 
 
 def test_answers_come_as_they_are_finished(endpoint):
@@ -506,6 +516,8 @@ def test_settings_that_cannot_work_are_named_together(tmp_path):
     make = lambda **settings: engine.make("endpoint", "m", base_url="http://x", cache=tmp_path / "c", **settings)
     with pytest.raises(ValueError, match="prefill: got 'x', available are.*NO_SUCH_VARIABLE is not.*budget.*choices"):
         make(prefill="x", api_key_env="NO_SUCH_VARIABLE", budget=1.0, choices=0)
+    with pytest.raises(ValueError, match="base_url: expected the endpoint's address"):
+        engine.make("endpoint", "m", base_url="", cache=tmp_path / "c")
     with pytest.raises(ValueError, match="expected the name of an environment variable") as caught:
         make(api_key_env="sk-123456")
     assert "123456" not in str(caught.value)

@@ -15,12 +15,14 @@ from align_jax import log, records
 
 ROOT = Path(__file__).parents[1]
 DYING = """
-import os, runpy, signal, sys
+import os, runpy, signal, sys, time
 from align_jax import log
 write = log.Metrics.write
 def write_and_die(metrics, step, values):
     write(metrics, step, values)
     if step == 6:
+        while not (metrics.path.parent / "checkpoints" / "4").exists():  # which is being saved on the side
+            time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)
 log.Metrics.write = write_and_die
 runpy.run_module("align_jax.train", run_name="__main__")

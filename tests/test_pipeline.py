@@ -138,7 +138,8 @@ def test_a_dimension_is_dealt_to_every_task_and_decides_among_answers_that_pass(
         name = pair.made["dimension"]
         assert chosen.status == rejected.status == "passed" and chosen.scores[name] > rejected.scores[name]
     counts = Counter(pair.made["dimension"] for pair in pairs)
-    assert pairs and len(set(counts.values())) == 1  # as many of each
+    assert pairs and len(set(counts.values())) == 1  # as many of each, and who has none is named
+    assert {*counts} | {*did["pairs-dimension"].get("NO PAIR OF", ())} == {*dimensions.CODAL} and len(counts) > 1
     assert adds_up(did["pairs-dimension"])
 
 
@@ -258,7 +259,7 @@ def test_a_prompt_that_is_never_answered_stops_the_run_or_is_counted(run, tmp_pa
     assert did["responses"]["dropped"]["unanswered"] % 6 == 0 and adds_up(did["responses"], 6)
 
 
-def test_a_prompt_that_does_not_fit_the_model_is_counted(run):
+def test_a_prompt_that_does_not_fit_the_model_is_counted(run, capsys):
     class Short(Author):
         def too_long(self, asked, *, max_tokens):
             assert max_tokens in (512, 1536)
@@ -266,6 +267,7 @@ def test_a_prompt_that_does_not_fit_the_model_is_counted(run):
 
     did = run(author=Short())
     assert did["responses"]["dropped"]["prompt too long"] % 6 == 0 and adds_up(did["responses"], 6)
+    assert "prompts and max_tokens=1536 do not fit into the model's positions; fewer `shots`" in capsys.readouterr().out
 
 
 def test_other_settings_are_refused_in_a_stages_folder(run):
@@ -281,6 +283,10 @@ def test_everything_that_cannot_work_is_said_at_once(run, tmp_path):
             response={"prompt": "Solve it.", "n": 0})
     for part in ("dreams", "beauty", "oracle", "guess", "Solve it.", "n: got 0"):
         assert part in str(error.value)
+    with pytest.raises(ValueError, match="runner: got 'dask', expected one of local, ray"):
+        run(sandbox={"runner": "dask"})
+    with pytest.raises(ValueError, match="judge.second.start: expected another model"):
+        run(judge={"kind": "engine", "start": "who", "second": {"start": "who", "count": 3}})
     with pytest.raises(ValueError, match="nowhere.config.json: not there"):
         run(start=str(tmp_path / "nowhere"), engine={"kind": "local"})
     assert not (tmp_path / "run").exists()
@@ -308,7 +314,41 @@ def test_a_model_judges_where_one_is_configured(run, tmp_path):
     assert {score for j in read(tmp_path, "scores", Judged) for score in j.scores.values()} == {3.0, 9.0}
     assert set(did["scores"]["kappa of two judges"].values()) == {1.0}  # they are one
     found = json.loads((tmp_path / "run" / "scores" / "judges.json").read_text())
-    assert {*found} <= {*dimensions.CODAL} and sum(f["judge / another"]["n"] for f in found.values()) == 30
+    assert {*found} <= {*dimensions.CODAL} and sum(rating["n"] for rating in found.values()) == 30
+
+
+def test_two_judges_are_compared_on_a_named_dimension_and_where_one_is_silent(run, tmp_path):
+    class Judge(Author):
+        def answer(self, name, text, k):
+            if "Reply with one JSON" not in text:
+                return super().answer(name, text, k)
+            return ("no idea" if self.is_silent else json.dumps({"rating": 1 + len(text) % 9}), "stop")
+
+    engine = config(tmp_path, tmp_path)["engine"]
+    judge = {"kind": "engine", "start": "judge", "engine": engine,
+             "second": {"start": "another", "count": 20, "engine": engine}}
+    for Judge.is_silent, kappa in ((False, 1.0), (True, None)):
+        did = run(author=Judge(), judge=judge, pairs={"rules": ("best_worst",), "by": "readability", "min_usable": 0.1})
+        assert did["scores"]["kappa of two judges"] == {"readability": pytest.approx(kappa)}
+        shutil.rmtree(tmp_path / "run")
+    with pytest.raises(ValueError, match="judge.second: nothing is judged where pairs.by is 'reward'"):
+        run(judge=judge)
+
+
+def test_a_rewrite_is_asked_by_the_instruction_without_the_pairs_template(run, tmp_path):
+    seen = []
+
+    class Watcher(Author):
+        def answer(self, name, text, k):
+            seen.append(text.split("## Example")[-1])
+            return super().answer(name, text, k)
+
+    run("two_passes", author=Watcher(), response={"n": 6, "prompt": "Solve this, PLEASE: {instruction}"})
+    tasks = {task.id: task.instruction for task in read(tmp_path, "tasks", Task)}
+    rewrites = [text for text in seen if "<draft>" in text]
+    assert rewrites and not any("PLEASE" in text for text in rewrites)
+    assert all(any(instruction in text for instruction in tasks.values()) for text in rewrites)
+    assert all("PLEASE: " in pair.prompt[0]["content"] for pair in read(tmp_path, "pairs", Pair))
 
 
 def test_a_model_judges_docstrings_where_it_is_asked(run, tmp_path):
@@ -320,6 +360,18 @@ def test_a_model_judges_docstrings_where_it_is_asked(run, tmp_path):
 
     did = run(author=Judge(), docstrings={"ask": True}, stages="seeds")
     assert adds_up(did["seeds"]) and did["seeds"]["dropped"]["poor docstring"] > 0 < did["seeds"]["out"]
+
+    class Deaf(Judge):
+        def generate(self, asked, **settings):
+            yield from super().generate(asked[1:], **settings)
+            raise engines.Unanswered({asked[0][0]: "filtered"})
+
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(engines.Unanswered, match="filtered"):
+        run(author=Deaf(), docstrings={"ask": True}, stages="seeds")
+    again = run(author=Deaf(), docstrings={"ask": True}, stages="seeds",
+                asking={"chat": True, "brief": False, "shard": 2000, "unanswered": "drop"})
+    assert did["seeds"]["out"] - 1 <= again["seeds"]["out"] <= did["seeds"]["out"] and adds_up(again["seeds"])
     assert all("list" in seed.code for seed in read(tmp_path, "seeds", Seed))
     with pytest.raises(ValueError, match="judged_by"):
         run(stages="seeds")
@@ -330,7 +382,7 @@ def test_a_model_that_never_answers_in_form_ends_the_run_with_a_reason(run):
         def answer(self, name, text, k):
             return ("", "stop")
 
-    with pytest.raises(ValueError, match="'tasks' reads .*concepts.jsonl, which has no records; stages.json says why"):
+    with pytest.raises(ValueError, match="'tasks' reads .*concepts.jsonl, which has no records; .*stages.json says"):
         run(author=Silent())
 
 

@@ -3,8 +3,10 @@
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -273,10 +275,28 @@ def test_first_tokens_follow_the_model(one_device):
 # --- the command ----------------------------------------------------------------------------------
 
 
+COMMAND = [sys.executable, "-m", "align_jax.sample", "--config=configs/sample.py:smoke"]
+HOW = {"cwd": ROOT, "text": True, "env": {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}}
+
+
 def command(*overrides: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "align_jax.sample", "--config=configs/sample.py:smoke", *overrides],
-                          cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"})
+    return subprocess.run([*COMMAND, *overrides], capture_output=True, timeout=300, **HOW)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_interrupted_command_ends_in_one_line_and_continues(tmp_path):
+    run = f"--config.run={tmp_path}"
+    asked = subprocess.Popen([*COMMAND, run, "--config.sample.n=4", "--config.sample.max_tokens=128"],
+                             stderr=subprocess.PIPE, **HOW)
+    part = tmp_path / "samples.jsonl.partial"
+    while asked.poll() is None and not (part.is_file() and part.stat().st_size):
+        time.sleep(0.01)
+    asked.send_signal(signal.SIGINT)
+    assert asked.communicate()[1].splitlines()[-1] == "interrupted; the same command continues"
+    assert asked.returncode == 130 and part.stat().st_size
+    done = command(run, "--config.sample.n=4", "--config.sample.max_tokens=128")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.timeout(300)

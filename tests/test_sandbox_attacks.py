@@ -279,13 +279,19 @@ def test_success_forged_in_a_test_is_no_pass(backend, name):
     assert verdict.status not in ("passed", "sandbox") and verdict.reward == 0.0, verdict
 
 
-ALIKE = "class Alike({}):\n    def __eq__(self, other): return True\n    __ne__ = __lt__ = __gt__ = __eq__\n"
+ALIKE = ("class Alike({}):\n    def __eq__(self, other): return True\n    __ne__ = __lt__ = __gt__ = __eq__\n"
+         "class Sly:\n    def __eq__(self, other): return isinstance(other, (int, str, list))\n"
+         "    def __ne__(self, other): return not self == other\n")
 COMPARISONS = ["assert f(1) == 2", "assert 2 == f(1)", "for i in [1]:\n    assert f(i) == 2",
-               "def check(g):\n    assert g(1) == 2, 'no'\ncheck(f)", "two = 2\nassert f(1) == two"]  # fmt: skip
+               "def check(g):\n    assert g(1) == 2, 'no'\ncheck(f)", "two = 2\nassert f(1) == two",
+               "assert f(1) in (2, 3)", "assert not f(1) != 2", "if f(1) != 2: raise AssertionError",
+               "right = f(1) == 2\nassert right", "from unittest import TestCase\nTestCase().assertEqual(f(1), 2)",
+               "from unittest import TestCase\nTestCase().assertIn(f(1), [2])"]  # fmt: skip
 
 
 @pytest.mark.parametrize("test", COMPARISONS)
-@pytest.mark.parametrize("kind, value", [("", "Alike()"), ("int", "Alike(9)"), ("", "[Alike()]"), ("", "Alike")])
+@pytest.mark.parametrize("kind, value", [("", "Alike()"), ("int", "Alike(9)"), ("", "[Alike()]"), ("", "Alike"),
+                                         ("", "Sly()")])
 def test_objects_that_equal_everything_equal_nothing(backend, test, kind, value):
     program = ALIKE.format(kind) + f"def f(x): return {value}"
     if value == "[Alike()]":

@@ -337,6 +337,8 @@ def test_the_stage_counts_everything(folder, tmp_path):
         "no docstring": 40, "banned import": 40, "banned word": 40, "near-duplicate": 40}
     found = records.read(run / "seeds.jsonl", Seed)
     assert balanced(counts) and len(found) == counts["out"]["seeds"] == 160
+    assert [*stream.rows(run / "unread.jsonl")] == [{"document": "broken.py", "why": "not Python"},
+                                                    {"document": "gone.py", "why": "no text"}]
     assert len({seed.id for seed in found}) == 160 and all(ast.parse(seed.code) for seed in found)
     for seed in found[::17]:
         file, line = seed.source.split(":")
@@ -414,6 +416,18 @@ def test_a_row_without_text_is_counted_and_a_wrong_column_told(tmp_path):
         list(seeds.documents(source(path, column="text")))
 
 
+def test_a_source_that_changed_is_another_run(folder, tmp_path):
+    from configs import seeds as settings
+
+    c = settings.get_config().to_dict() | {"run": str(tmp_path / "run"), "source": source(folder), "benchmarks": ()}
+    seeds.claim(c)
+    (tmp_path / "run" / "seeds.partial.jsonl").touch()
+    seeds.claim(c)
+    (folder / "new.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match="holds a run with another config.*\n.*documents"):
+        seeds.claim(c)
+
+
 # --- the command
 
 
@@ -424,8 +438,8 @@ def test_the_command(folder, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
     assert done.returncode == 0, done.stderr
     last = done.stdout.strip().splitlines()[-1]
-    assert "wrote 160 seeds of 320 functions in 42 documents; dropped " in last
-    assert "unread 1 not Python, 1 no text" in last
+    assert "160 seeds of 320 functions in 42 documents; dropped " in last
+    assert "unread 1 not Python, 1 no text, see unread.jsonl" in last
     told = json.loads((tmp_path / "run" / "contamination.json").read_text())
     assert told["records checked"] == 200 and told["problems by benchmark"]["PocketEval"] == 400
 

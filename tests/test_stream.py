@@ -78,7 +78,7 @@ def flat(results) -> list:
 def test_results_come_in_order_and_little_is_read_ahead(runner):
     read = []
     items = (read.append(i) or i for i in range(10**9))
-    results = stream.runner(runner)(chunk_work.square, stream.chunks(items, 5), workers=2, lost=None)
+    results = stream.ordered_by(runner)(chunk_work.square, stream.chunks(items, 5), workers=2, lost=None)
     for n, result in enumerate(itertools.islice(results, 60)):
         assert result == [i * i for i in range(5 * n, 5 * n + 5)] and len(read) <= 5 * (n + 4)
     results.close()
@@ -87,7 +87,8 @@ def test_results_come_in_order_and_little_is_read_ahead(runner):
 
 def test_what_kills_its_worker_is_found_and_the_rest_is_done(runner):
     work = partial(chunk_work.deadly, poison=(6, 12))
-    results = stream.runner(runner)(work, stream.chunks(range(13), 4), workers=2, lost=lambda item: [f"lost {item}"])
+    results = stream.ordered_by(runner)(work, stream.chunks(range(13), 4), workers=2,
+                                         lost=lambda item: [f"lost {item}"])
     assert flat(results) == [f"lost {i}" if i in (6, 12) else i * i for i in range(13)]
 
 
@@ -101,7 +102,7 @@ def test_a_worker_that_is_killed_loses_nothing(runner, tmp_path):
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    results = stream.runner(runner)(partial(chunk_work.waiting, item=17, told=told), stream.chunks(range(40), 1),
+    results = stream.ordered_by(runner)(partial(chunk_work.waiting, item=17, told=told), stream.chunks(range(40), 1),
                                     workers=2, lost=lambda item: [f"lost {item}"])
     assert flat(results) == [i * i for i in range(40)]
     killer.join()
@@ -109,15 +110,15 @@ def test_a_worker_that_is_killed_loses_nothing(runner, tmp_path):
 
 def test_an_error_of_the_work_is_its_own(runner):
     with pytest.raises(ValueError, match=r"^got \[0, 1\]$"):
-        list(stream.runner(runner)(chunk_work.wrong, stream.chunks(range(6), 2), workers=2, lost=None))
+        list(stream.ordered_by(runner)(chunk_work.wrong, stream.chunks(range(6), 2), workers=2, lost=None))
 
 
 def test_runners_that_are_not_there(monkeypatch):
     with pytest.raises(ValueError, match="runner: got 'dask', expected one of local, ray"):
-        stream.runner("dask")
+        stream.ordered_by("dask")
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install 'align_jax\[ray\]'"):
-        stream.runner("ray")(chunk_work.square, [[1]], workers=2, lost=None)
+        stream.ordered_by("ray")(chunk_work.square, [[1]], workers=2, lost=None)
 
 
 # --- the stages: seeds, decontamination, execution
@@ -174,7 +175,7 @@ def test_the_command_starts_a_ray_or_joins_a_cluster(two_workers, tmp_path, clus
          f"--config.run={tmp_path / 'run'}", f"--config.source.path={tmp_path / 'lib'}", "--config.chunk=1",
          "--config.near_duplicate=1.0"], capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr
-    assert "wrote 6 seeds of 6 functions in 6 documents" in done.stdout.splitlines()[-1]
+    assert "6 seeds of 6 functions in 6 documents" in done.stdout.splitlines()[-1]
     if not cluster:
         assert not processes(folder)
         shutil.rmtree(folder)
@@ -226,6 +227,19 @@ def test_a_kill_within_a_commit_is_before_or_after_it(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "killed" / "progress.json").read_text())["done"] == 10
     assert write(tmp_path / "killed", range(20), chunk=5).counts == whole.counts
     assert contents(tmp_path / "killed").items() >= contents(tmp_path / "whole").items()
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path):
+    held = tmp_path / "odd.jsonl"
+    with stream.Journal(tmp_path / "progress.json", [held]) as journal:
+        journal.commit({held: [{"n": 1}]}, done=1, counts={})
+        program = ("import sys; from pathlib import Path; from align_jax.synth import stream; "
+                   "stream.Journal(Path(sys.argv[1]), [Path(sys.argv[2])])")
+        other = subprocess.run([sys.executable, "-c", program, str(tmp_path / "progress.json"), str(held)],
+                               capture_output=True, text=True)
+        assert f"ValueError: {held} is being written by another process" in other.stderr
+    with stream.Journal(tmp_path / "progress.json", [held]) as journal:
+        assert journal.done == 1 and [*stream.rows(held)] == [{"n": 1}]
 
 
 def test_a_file_that_lost_what_was_committed_is_refused(tmp_path):

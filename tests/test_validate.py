@@ -2,10 +2,13 @@
 
 import csv
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,6 +161,16 @@ def test_what_a_model_wrote_runs_nowhere(tmp_path):
     assert "\x07" not in page and "\u202e" not in page and "\\u202e" in page
     assert "default-src 'none'" in page and "http" not in page.replace("http-equiv", "")
     assert all(not row[side].startswith("=") for row in read(tmp_path / "review.csv") for side in ("left", "right"))
+
+
+@pytest.mark.parametrize("paths, told", [("none.jsonl sheet", "error: no such file: none.jsonl"),
+                                         ("empty.jsonl sheet", "error: no pairs to review")])
+def test_nothing_to_review_is_an_error_in_one_line(paths, told, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    command = [sys.executable, "-m", "align_jax.synth.review", "make", *paths.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
+    assert done.returncode == 1 and done.stderr == f"{told}\n" and not (tmp_path / "sheet").exists()
 
 
 def test_reviews_are_scored(tmp_path):

@@ -21,6 +21,7 @@ import pocket_problems
 from align_jax.records import Example
 from align_jax.synth import dimensions, prompts
 
+PLAYED = ("concepts", "instruction", "response", "rewrite")  # of prompts.STAGES
 HARMLESS = 0.5  # share of the programs in which the habit does not show that the stages speak of
 HARD = 0.3  # share of the programs kept whose examples take more than copying to work out
 PRINCIPLED = 0.2  # share of the responses that heed a principle
@@ -228,7 +229,7 @@ def main() -> None:
     args = parser.parse_args()
     rng = random.Random(args.seed)
     programs = telling(pocket_problems.corpus(args.seed, (), careless=0.5, noise=0.0), rng)
-    for stage in prompts.STAGES:
+    for stage in PLAYED:
         for program in itertools.islice(programs, args.show):
             if values := fields(stage, program, rng):
                 print(document(stage, stage, values, chat=False).completion, end="\n\n----\n\n")

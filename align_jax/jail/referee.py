@@ -6,7 +6,7 @@ can do to them what it likes. Therefore
   1. `assert f(1) == 2` at the top of a test is taken apart: its process gets `assert tell(f(1))` and sends the
      value; it is compared here, and what it should be never gets there. So with every literal, `not`, and operator.
   2. An assert of another kind, and a value that is no plain data, is judged by that process. It has to answer with a
-     number that came with just this test, and what would equal anything (`__eq__` always true) equals nothing.
+     number that came with just this test, and what equals two things that differ (`__eq__` always true) equals nothing.
   3. Between the tests and after the last, asserts are sent that must fail. Where one does not, nothing had passed.
   4. Every message is answered once. Where a second answer to one comes (from a thread that spoke first, and then from
      the process' own end of the test), nothing had passed.
@@ -67,8 +67,7 @@ def split(source: str) -> tuple[object, list[object]]:
     tree, questions = ast.parse(source, "<test>"), []
     if not tree.body:
         raise ValueError("empty test")
-    for node in [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]:
-        node.test = _Wary().visit(node.test)
+    tree = _Wary().visit(tree)
     for statement in tree.body:
         if isinstance(statement, ast.Assert):
             value, question = _part(statement.test)
@@ -141,12 +140,18 @@ def _is_literal(node: ast.expr, singleton: bool = False) -> bool:
 
 
 class _Wary(ast.NodeTransformer):
-    """Look twice at what is compared with `==`, but for literals and the ANY of unittest.mock."""
+    """Look twice at what a test compares, or has an `assert...` compare, but for literals and unittest.mock's ANY."""
 
     def visit_Compare(self, node: ast.Compare) -> ast.Compare:
         self.generic_visit(node)
-        if any(isinstance(op, ast.Eq) for op in node.ops):
+        if not all(isinstance(op, ast.Is | ast.IsNot) for op in node.ops):
             node.left, *node.comparators = map(self.wary, (node.left, *node.comparators))
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        self.generic_visit(node)
+        if getattr(node.func, "attr", getattr(node.func, "id", "")).startswith("assert"):
+            node.args = [arg if isinstance(arg, ast.Starred) else self.wary(arg) for arg in node.args]
         return node
 
     def wary(self, node: ast.expr) -> ast.expr:

@@ -6,14 +6,18 @@ interpreter with the program, so nothing here is trusted: referee.py tells what 
 
 import ast
 import marshal
+import operator
 import os
+import random
 import socket
 import struct
 import sys
+from collections.abc import Callable, Iterator
 
 from align_jax.jail import referee
 
 PROGRAM = "<program>"
+draw = random.SystemRandom().sample
 PLAIN = (int, float, str, bytes, bool, type(None), list, tuple, set, dict)
 FAILURES = (
     (AssertionError, "assertion"),
@@ -93,7 +97,7 @@ def described(error: BaseException) -> str:
         return "unprintable"
 
 
-def inside(value: object, most: int = 20_000) -> list[object]:
+def inside(value: object, most: int) -> list[object]:
     """The value and all in it, through the built-in containers, up to some number."""
     found = [value]
     for item in found:
@@ -109,7 +113,7 @@ def inside(value: object, most: int = 20_000) -> list[object]:
 
 def written(value: object) -> str | None:
     """Plain data as text that `ast.literal_eval` turns into an equal value; None for anything else."""
-    parts = inside(value)
+    parts = inside(value, 20_000)
     if len(parts) > 20_000 or not all(type(part) in PLAIN for part in parts):
         return None
     if any(type(part) is float and part - part != 0 for part in parts):  # inf and nan
@@ -122,13 +126,28 @@ def written(value: object) -> str | None:
 
 
 def real(value: object) -> object:
-    """Return the value; raise AssertionError where anything in it equals anything."""
-    for part in inside(value):
-        if type(part) not in (*PLAIN, frozenset):
-            try:
-                alike = (part == object()) is True
-            except Exception:  # so it does not
-                alike = False
-            if alike:
-                raise AssertionError("equal to anything")
+    """Return the value; raise AssertionError where anything in it passes for two things that differ."""
+    odd = [part for part in inside(value, 1000) if type(part) not in (*PLAIN, frozenset)]
+    for part in odd[:20]:  # for every comparison that a test makes: no more
+        if any(all(_is_true(passes, part, one) for one in two) for passes, two in doubles()):
+            raise AssertionError("equal to anything")
     return value
+
+
+def doubles() -> Iterator[tuple[Callable, tuple]]:
+    """Comparisons, each with two objects that differ and that nobody could know: not both can hold."""
+    few, many = draw(range(-9, 99), 2), draw(range(10**9), 2)
+    words = [f"{number:x}" for number in many]
+    kinds = [(object(), object()), (True, False), few, many, [n / 7 for n in many], words,
+             *(list(map(make, words)) for make in (str.encode, list, tuple, set, dict.fromkeys))]
+    yield operator.contains, kinds[0]
+    for two in kinds:
+        yield operator.eq, two
+        yield (lambda a, b: not a != b), two
+
+
+def _is_true(passes: Callable, part: object, other: object) -> bool:
+    try:
+        return passes(part, other) is True
+    except Exception:  # it refuses
+        return False

@@ -132,7 +132,7 @@ def _field(written: str, tag: str, finish: str) -> str:
 
 def _whole(written: str, finish: str) -> str:
     if finish != "stop":
-        raise Unusable("truncated", f"finish is {finish!r}")
+        raise Unusable("content filter" if finish == "content_filter" else "truncated", f"finish is {finish!r}")
     whole = _NEXT.split(written.replace("\r\n", "\n"))[0]
     if not whole.strip():
         raise Unusable("empty", "the model wrote nothing")

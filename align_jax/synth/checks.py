@@ -9,19 +9,25 @@ does. So tests are taken apart by their syntax tree, what nobody would call is c
     if __name__ == "__main__": ...           its body, as the sandbox's module has another name
     from solution import f                   left out, the program runs in the same module
     def f(): ...           as in the program left out; refused where it differs, for it would be tested instead
+    try: from solution import f / except: ..  left out as well, with what stands in for the solution
     assert (f(1) == 2, "is two")             no check, nor is one whose failure an `except` swallows
+
+What no syntax tells (an empty loop, an early return) a second run does: tests that pass `without` the solution say
+nothing (`verify`).
 """
 
 import ast
 import functools
+import importlib.util
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from align_jax.text import Unusable
 
 _FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 _LATER = (*_FUNCTION, ast.ClassDef, ast.Lambda)  # what they hold runs when they are called
+_INNER = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)  # what they bind stays in them
 _RUNNER = re.compile(r"(sys\.exit\(|raise SystemExit\()?(unittest|pytest)\.main\(")
 
 
@@ -51,6 +57,23 @@ def of(tests: str, program: str) -> tuple[str, ...]:
     return tuple("\n".join([*first, *statements]) for statements in groups)
 
 
+def without(program: str) -> str:
+    """A program that has the same names and imports, and ends whoever uses one of the names."""
+    body = statements(program) or ()
+    imports = [ast.unparse(s) for s in body if isinstance(s, ast.Import | ast.ImportFrom)]
+    return "\n".join([*imports, _GONE, *(f"{name} = _Gone()" for name in sorted(_bound(body)))])
+
+
+# An end that no `except Exception` and no `pytest.raises` of a test takes for its own.
+_GONE = """
+class _Used(BaseException): pass
+class _Gone:
+    def _use(self, *args, **kwargs): raise _Used
+    __call__ = __getattr__ = __getitem__ = __setitem__ = __iter__ = __len__ = __contains__ = __bool__ = _use
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __add__ = __radd__ = __enter__ = __mro_entries__ = _use
+"""
+
+
 def parse(code: str, *, reason: str) -> list[ast.stmt]:
     """Parse untrusted code, without its warnings."""
     try:
@@ -71,15 +94,16 @@ def statements(program: str) -> tuple[ast.stmt, ...] | None:
 
 def _relevant(body: Sequence[ast.stmt], program: Sequence[ast.stmt]) -> list[ast.stmt]:
     """What of the tests is to be run, refused where that does not test the program."""
-    own = {s.name: ast.dump(s) for s in program if isinstance(s, (*_FUNCTION, ast.ClassDef))}
-    names = own.keys() | {n.id for s in program for n in ast.walk(s) if isinstance(n, ast.Name)
-                          and isinstance(n.ctx, ast.Store)}
+    own = {name: ast.dump(s) for s in program for name in _bound([s]) if isinstance(_value(s), _LATER)}
+    names = _bound([s for s in program if not _is_guard(s)])
     kept = []
     for statement in _unguarded(body):
-        if isinstance(statement, (*_FUNCTION, ast.ClassDef)) and statement.name in own:
-            if ast.dump(statement) != own[statement.name]:
-                raise Unusable("tests redefine the solution", statement.name)
-        elif not _RUNNER.match(ast.unparse(statement)) and not _imports_only(statement, names):
+        if _imports_only(statement, names) or _RUNNER.match(ast.unparse(statement)):
+            continue
+        if again := _bound([statement]) & own.keys():
+            if {ast.dump(statement)} != {own[name] for name in again}:
+                raise Unusable("tests redefine the solution", ", ".join(sorted(again)))
+        else:
             kept.append(statement)
     if program and not names & {name for s in kept for name in _loaded(s)}:
         raise Unusable("tests never use the solution", f"which defines {sorted(names)}")
@@ -88,13 +112,41 @@ def _relevant(body: Sequence[ast.stmt], program: Sequence[ast.stmt]) -> list[ast
 
 def _unguarded(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
     for statement in body:
-        is_guard = isinstance(statement, ast.If) and "__name__" in _loaded(statement.test)
-        yield from statement.body if is_guard else [statement]
+        yield from statement.body if _is_guard(statement) else [statement]
+
+
+def _is_guard(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.If) and "__name__" in _loaded(statement.test)
 
 
 def _imports_only(statement: ast.stmt, names: set[str]) -> bool:
-    """Whether it imports the solution, from a module that the model made up."""
-    return isinstance(statement, ast.ImportFrom) and all(a.name in names and not a.asname for a in statement.names)
+    """Whether it imports the solution, from a module that the model made up, or else defines it."""
+    if isinstance(statement, ast.Try):
+        return all(_imports_only(inner, names) for inner in statement.body)
+    if not isinstance(statement, ast.ImportFrom):
+        return False
+    if [alias.name for alias in statement.names] == ["*"]:
+        return bool(statement.level) or importlib.util.find_spec(statement.module.split(".")[0]) is None
+    return all(alias.name in names and not alias.asname for alias in statement.names)
+
+
+def _bound(body: Iterable[ast.stmt]) -> set[str]:
+    """The names that statements bind where they stand; those of imports apart."""
+    nodes = [node for statement in body for node in _at_once(statement)]
+    return ({node.name for node in nodes if isinstance(node, (*_FUNCTION, ast.ClassDef))}
+            | {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)})
+
+
+def _at_once(node: ast.AST) -> Iterator[ast.AST]:
+    yield node
+    if not isinstance(node, (*_LATER, *_INNER)):
+        for child in ast.iter_child_nodes(node):
+            yield from _at_once(child)
+
+
+def _value(statement: ast.stmt) -> ast.AST | None:
+    """What a definition, or an assignment, binds."""
+    return statement.value if isinstance(statement, ast.Assign | ast.AnnAssign) else statement
 
 
 def _calls(body: Sequence[ast.stmt], functions: Mapping, checking: set[str]) -> Iterator[str]:
@@ -130,6 +182,13 @@ def _method_calls(cls: ast.ClassDef, checking: set[str]) -> Iterator[str]:
     if not tests or not any(_checks(s, checking) for method in methods for s in method.body):
         return
     is_unittest = any(ast.unparse(parent).endswith("TestCase") for parent in cls.bases)
+    is_async = any(ast.unparse(parent).endswith("IsolatedAsyncioTestCase") for parent in cls.bases)
+    for method in tests:
+        if is_unittest and not is_async and isinstance(method, ast.AsyncFunctionDef):
+            raise Unusable("tests never called", f"{cls.name}.{method.name} is async, its class is not")
+        if skipped := [ast.unparse(d) for d in method.decorator_list if re.search(r"skip|expectedFailure|xfail",
+                                                                                 ast.unparse(d))]:
+            raise Unusable("tests never called", f"{cls.name}.{method.name}: {skipped[0]}")
     if not is_unittest and (cls.bases or any(m.name.lower().startswith("setup") for m in methods)):
         raise Unusable("tests never called", f"class {cls.name} needs a test runner")
     for method in tests:
@@ -181,7 +240,9 @@ def _runs(node: ast.AST) -> Iterator[ast.AST]:
     if isinstance(node, _LATER):
         return
     yield node
-    swallowed = node.body if isinstance(node, ast.Try) and any(map(_swallows, node.handlers)) else ()
+    is_swallowed = ((isinstance(node, ast.Try) and any(map(_swallows, node.handlers)))
+                    or (isinstance(node, ast.With) and any("suppress(" in ast.unparse(item) for item in node.items)))
+    swallowed = node.body if is_swallowed else ()
     for child in ast.iter_child_nodes(node):
         if child not in swallowed:
             yield from _runs(child)

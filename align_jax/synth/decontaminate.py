@@ -45,6 +45,9 @@ TASK = ("prompt", "text", "instruction")
 SOLUTION = ("canonical_solution", "code")
 
 
+Embed = Callable[[list[str]], np.ndarray]  # [N] texts to [N D]
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """A part of a benchmark problem, ready to be looked for."""
@@ -105,18 +108,20 @@ def resolved(paths: Iterable[str]) -> tuple[str, ...]:
     return tuple(str(path.absolute()) for path in find_files(paths))
 
 
-def find(benchmarks: Index, record: str, text: str) -> list[Overlap]:
-    """Return what a text shares with the benchmarks, at most one overlap a problem: by the strongest measure."""
-    found = [*_grams(benchmarks, record, text), *_near(benchmarks, record, text)]
+def find(benchmarks: Index, record: str, *texts: str) -> list[Overlap]:
+    """Return what texts share with the benchmarks, at most one overlap a problem: by the strongest measure."""
+    found = [overlap for text in texts for measure in (_grams, _near) for overlap in measure(benchmarks, record, text)]
     best = {}
     for overlap in sorted(found, key=lambda o: (MEASURES.index(o.measure), -o.value)):
         best.setdefault(overlap.problem, overlap)
     return list(best.values())
 
 
-def semantic(benchmarks: Index, embed: Callable[[list[str]], np.ndarray], *,
-             threshold: float) -> Callable[[Mapping[str, str]], list[Overlap]]:
-    """Make the measure of an embedding ([N] texts to [N D]): of texts {record: text}, what is near to a task."""
+def semantic(benchmarks: Index, embed: Embed | None, *,
+             threshold: float = 0.9) -> Callable[[Mapping[str, str]], list[Overlap]]:
+    """Make the measure of an embedding: of texts {record: text}, what is near to a task; nothing without one."""
+    if not embed:
+        return lambda texts: []
     tasks = [part for part in benchmarks.parts if part.name == "task"]
     theirs = _unit(embed([part.text for part in tasks])) if tasks else None
 
@@ -134,38 +139,42 @@ def semantic(benchmarks: Index, embed: Callable[[list[str]], np.ndarray], *,
 
 
 def clean(run: Path, path: Path, *, fields: Sequence[str], benchmarks: Sequence[str],
-          embed: Callable[[list[str]], np.ndarray] | None = None, semantic_threshold: float = 0.9,
+          embed: Embed | None = None, semantic_threshold: float = 0.9,
           runner: str = "local", workers: int = 1, chunk: int = 256) -> dict[str, Counter]:
     """Write the records of a JSONL file whose `fields` share nothing with the benchmarks into `run`, and the report."""
     out, part, overlaps = (run / f"{name}.jsonl" for name in ("clean", "clean.partial", "contamination"))
     if out.is_file():
         return stream.counts(run / "progress.json")
-    ordered, benchmarks = stream.runner(runner), resolved(benchmarks)
-    meaning = semantic(index(benchmarks), embed, threshold=semantic_threshold) if embed else lambda texts: []
+    benchmarks = resolved(benchmarks)
+    meaning = semantic(index(benchmarks), embed, threshold=semantic_threshold)
     for first in itertools.islice(enumerate(stream.rows(path), 1), 1):
         check([first], fields=tuple(fields), benchmarks=())  # a wrong field is said here, not in a process
     work = functools.partial(check, fields=tuple(fields), benchmarks=benchmarks)
+
+    def take(checked) -> stream.Growth:
+        rows, found = checked
+        for k in range(len(fields)):
+            known = {overlap.record for overlap in found}
+            found = found + meaning({name: texts[k] for name, texts, _ in rows if name not in known})
+        reasons = {overlap.record: f"in a benchmark: {overlap.measure}" for overlap in reversed(found)}
+        fresh = [row for name, _, row in rows if name not in reasons]
+        return {part: fresh, overlaps: found}, len(rows), {
+            "in": Counter(records=len(rows)), "out": Counter(records=len(fresh)), "dropped": Counter(reasons.values())}
+
     with stream.Journal(run / "progress.json", [part, overlaps]) as journal:
-        left = stream.chunks(itertools.islice(enumerate(stream.rows(path), 1), journal.done, None), chunk)
-        with log.progress(what=f"decontaminate {path.name}", unit="record", done=journal.done) as bar:
-            for rows, found in ordered(work, left, workers=workers, lost=_lost):
-                known = {overlap.record for overlap in found}
-                found += meaning({name: text for name, text, _ in rows if name not in known})
-                reasons = {overlap.record: f"in a benchmark: {overlap.measure}" for overlap in reversed(found)}
-                fresh = [row for name, _, row in rows if name not in reasons]
-                counts = {"in": Counter(records=len(rows)), "out": Counter(records=len(fresh)),
-                          "dropped": Counter(reasons.values())}
-                journal.commit({part: fresh, overlaps: found}, done=len(rows), counts=counts)
-                bar.update(len(rows))
+        journal.extend(work, itertools.islice(enumerate(stream.rows(path), 1), journal.done, None), take, chunk=chunk,
+                       lost=_lost, runner=runner, workers=workers, what=f"decontaminate {path.name}", unit="record",
+                       total=stream.count(path))
     report(run, index(benchmarks), checked=journal.done)
     os.replace(part, out)
     return journal.counts
 
 
 def check(rows: list[tuple[int, dict]], *, fields: tuple[str, ...], benchmarks: tuple[str, ...]):
-    """Look at numbered rows: [(name, text, row)] and their overlaps. Pure, so any engine maps it.
+    """Look at numbered rows: [(name, texts, row)] and their overlaps. Pure, so any engine maps it.
 
-    A name is the row's id, with its line where others of the chunk have the same.
+    Each field is looked at alone: beside others, a short one would be little of the whole. A name is the row's id, with
+    its line where others of the chunk have the same.
     """
     wrong = [f"line {number} has {sorted(row)}" for number, row in rows if not all(name in row for name in fields)]
     if wrong:
@@ -173,9 +182,8 @@ def check(rows: list[tuple[int, dict]], *, fields: tuple[str, ...], benchmarks: 
     ids = [str(row.get("id") or number) for number, row in rows]
     times = Counter(ids)
     named = [(name if times[name] == 1 else f"{name}, line {number}",
-              "\n\n".join(_plain(row[field]) for field in fields), row)
-             for name, (number, row) in zip(ids, rows, strict=True)]
-    return named, [overlap for name, text, _ in named for overlap in find(index(benchmarks), name, text)]
+              [_plain(row[field]) for field in fields], row) for name, (number, row) in zip(ids, rows, strict=True)]
+    return named, [overlap for name, texts, _ in named for overlap in find(index(benchmarks), name, *texts)]
 
 
 def report(run: Path, benchmarks: Index, *, checked: int) -> None:

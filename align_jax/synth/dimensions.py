@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from align_jax.decode import Completion
-from align_jax.engine import Engine, Unanswered
+from align_jax.engine import Engine, answered
 from align_jax.synth import prompts
 from align_jax.text import Unusable
 
@@ -188,13 +188,9 @@ def rater(engine: Engine, *, seed: int = 0, max_tokens: int = 512) -> Callable:
     def rate(dimension: str, items: Sequence[tuple[str, str]]) -> list[float | None]:
         asked = [(str(k), judge(dimension, instruction=instruction, response=response))
                  for k, (instruction, response) in enumerate(items)]
-        misfits, said = engine.too_long(asked, max_tokens=max_tokens), {}
-        try:
-            said.update(engine.generate([item for item in asked if item[0] not in misfits], n=1, temperature=0.0,
-                                        top_p=1.0, max_tokens=max_tokens, stops=(), seed=seed))
-        except Unanswered as error:
-            if error.is_halted:
-                raise
+        misfits = engine.too_long(asked, max_tokens=max_tokens)
+        said = answered(engine, [item for item in asked if item[0] not in misfits], n=1, temperature=0.0, top_p=1.0,
+                        max_tokens=max_tokens, stops=(), seed=seed)
         return [_rating(said.get(name)) for name, _ in asked]
 
     return rate

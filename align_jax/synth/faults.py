@@ -16,9 +16,11 @@ from align_jax.text import Unusable
 # (our limits) and "missing_package" (our machine): a wrong program may end so, and so may a right one.
 REJECTABLE = ("assertion", "exception", "syntax", "output", "exited")
 
-# What a program meets that wants more network, files, processes, threads or input than the sandbox gives.
-_REFUSED = re.compile(r"\b(?:PermissionError|Connection\w*Error|gaierror|URLError|EOFError|BlockingIOError"
-                      r"|RuntimeError: can't start new thread"
+# What a program meets that wants more network, files, processes, threads or input than the sandbox gives, a module
+# `__main__` or its own source there, or a runner that takes a skipped test for no failure.
+_REFUSED = re.compile(r"\b(?:PermissionError|Connection\w*Error|gaierror|URLError|EOFError|BlockingIOError|SkipTest"
+                      r"|RuntimeError: can't start new thread|OSError: could not get source code"
+                      r"|AttributeError: .*'?__main__'?"
                       r"|OSError: \[Errno (?:1|11|13|24|27|28|30|97|99|101|111)\])")
 
 

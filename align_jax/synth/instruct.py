@@ -16,9 +16,10 @@ from pathlib import Path
 import jax
 
 from align_jax import records
-from align_jax.engine import Engine
+from align_jax.engine import Engine, answered
 from align_jax.records import Concepts, Sample, Task
 from align_jax.synth import answers, decontaminate, near, prompts, stream, write
+from align_jax.synth.decontaminate import Embed
 from align_jax.synth.write import Asking, Choose
 
 IN_A_BENCHMARK, NEAR = "in a benchmark", "near-duplicate"  # why a task is not kept
@@ -34,7 +35,8 @@ def docstring_judge(engine: Engine, asking: Asking) -> Callable[[list[str]], lis
         asked = [(id, asking.prompt("docstring", id, {"function": code})) for id, code in ids.items()]
         misfits = engine.too_long(asked, max_tokens=asking.max_tokens)
         asked = [item for item in asked if item[0] not in misfits]  # whom nobody can ask about is not kept
-        said = dict(engine.generate(asked, **asking.sampling("docstring")))
+        ask = answered if asking.unanswered == "drop" else lambda who, *all, **how: dict(who.generate(*all, **how))
+        said = ask(engine, asked, **asking.sampling("docstring"))
         votes = {id: Counter(answers.verdict(c.text) for c in said.get(id, ())) for id in ids}
         return [votes[records.fingerprint(code)][True] > votes[records.fingerprint(code)][False]
                 for code in functions]
@@ -54,7 +56,7 @@ def concepts(out: Path, seeds: Path, engine: Engine, asking: Asking, *, count: i
 
 
 def tasks(out: Path, named: Path, engine: Engine, asking: Asking, *, categories: Sequence[str],
-          words: tuple[int, int], near_duplicate: float, benchmarks: Sequence[str]) -> dict:
+          words: tuple[int, int], near_duplicate: float, benchmarks: Sequence[str], embed: Embed | None = None) -> dict:
     """Write tasks that need the concepts of a seed, none of them like another or like a benchmark's."""
     draw = functools.partial(prompts.draw_properties, categories=categories)
 
@@ -68,24 +70,30 @@ def tasks(out: Path, named: Path, engine: Engine, asking: Asking, *, categories:
 
     counts = write.stage(out, stream.rows(named), engine, name="instruction", fields=fields, parse=parse, asking=asking,
                          total=stream.count(named),
-                         chooser=functools.partial(new, near_duplicate=near_duplicate, benchmarks=tuple(benchmarks)))
+                         chooser=functools.partial(new, near_duplicate=near_duplicate, benchmarks=tuple(benchmarks),
+                                                   embed=embed))
     checked = sum(counts["dropped"].get(reason, 0) for reason in (IN_A_BENCHMARK, NEAR)) + counts["out"]
     if jax.process_index() == 0:
         decontaminate.report(out.parent, decontaminate.index(tuple(benchmarks)), checked=checked)
     return counts
 
 
-def new(kept: Iterator[Mapping], *, near_duplicate: float, benchmarks: tuple[str, ...]) -> Choose:
+def new(kept: Iterator[Mapping], *, near_duplicate: float, benchmarks: tuple[str, ...],
+        embed: Embed | None = None) -> Choose:
     """Make the choice of tasks that share nothing with a benchmark and are near to none that was kept."""
     index, seen = decontaminate.index(benchmarks), near.seen(near_duplicate)
+    meaning = decontaminate.semantic(index, embed)
     for row in kept:
         seen.add(row["id"], near.digest(row["instruction"]))
 
     def choose(found: list[Task]):
-        overlaps = {task.id: decontaminate.find(index, task.id, task.instruction) for task in found}
-        own = [task for task in found if not overlaps[task.id]]
+        overlaps = [overlap for task in found for overlap in decontaminate.find(index, task.id, task.instruction)]
+        known = {overlap.record for overlap in overlaps}
+        overlaps += meaning({task.id: task.instruction for task in found if task.id not in known})
+        shared = {overlap.record for overlap in overlaps}
+        own = [task for task in found if task.id not in shared]
         fresh = [task for task in own if seen.add(task.id, near.digest(task.instruction))]
         dropped = Counter({IN_A_BENCHMARK: len(found) - len(own), NEAR: len(own) - len(fresh)})
-        return fresh, dropped, [overlap for shared in overlaps.values() for overlap in shared]
+        return fresh, dropped, overlaps
 
     return choose

@@ -97,20 +97,22 @@ def make(path: Path, judged: Iterable[Judged], **settings) -> dict:
     return report
 
 
-def balance(out: Path, path: Path, *, seed: int, is_on: bool = True) -> dict:
-    """Write as many pairs of each dimension as the rarest has, drawn by their ids: the study's 12k of each of five.
+def balance(out: Path, path: Path, *, seed: int, names: Sequence[str]) -> dict:
+    """Write as many pairs of each of these dimensions as the rarest has, drawn by their ids: the study's 12k of each.
 
-    Off, all are written.
+    Of no dimensions, all are written. One without any pair is named, and does not count as the rarest.
     """
     ids = defaultdict(list)
     for row in stream.rows(path):
         ids[row["made"]["dimension"]].append(row["id"])
     total = sum(map(len, ids.values()))
-    least, rarest = min(((len(found), name) for name, found in ids.items()), default=(0, "")) if is_on else (total, "")
+    least, rarest = min((len(ids[name]), name) for name in ids) if names and ids else (total, "")
     kept = {id for found in ids.values()
             for id in sorted(found, key=lambda id: records.fingerprint(seed, id))[:least]}
     count = records.write(out, (row for row in stream.rows(path) if row["id"] in kept))
-    return {"in": total, "out": count, "dropped": {f"more than of {rarest}, the rarest": total - count}}
+    missing = [name for name in names if name not in ids]
+    return {"in": total, "out": count, "dropped": {f"more than of {rarest}, the rarest": total - count}} | (
+        {"NO PAIR OF": missing} if missing else {})
 
 
 def describe(path: Path) -> dict:

@@ -53,6 +53,7 @@ def make(c: Mapping, *, book: Path | None = None, label: str = "") -> None:
     """
     check(c)
     kind, folder = c["engine"]["kind"], Path(c["run"])
+    book, todo = book or folder / "stages.json", wanted(c)
     settings, benchmarks = c["engine"][kind], decontaminate.find_files(c["seeds"]["benchmarks"])
     run = Run(c, engines.identity(kind, c["start"], **settings),
               functools.cache(lambda: engines.make(kind, c["start"], **settings)))
@@ -61,17 +62,18 @@ def make(c: Mapping, *, book: Path | None = None, label: str = "") -> None:
                  "pairs": {key: value for key, value in c["pairs"].items() if key != "rules"}}
     log.say(f"{folder}: benchmarks compared with: {', '.join(path.name for path in benchmarks) or 'none is here'}")
     with jax.set_mesh(mesh.make(**c["mesh"])):
-        for name, reads in wanted(c).items():
+        for number, (name, reads) in enumerate(todo.items(), 1):
             work, sections = STAGES[name.split("-")[0]]
             out, sources = file(c, name), [file(c, read) for read in reads]
-            _check_inputs(name, sources)
+            _check_inputs(name, sources, book)
             inputs = {read: records.fingerprint(source) for read, source in zip(reads, sources, strict=True)}
             if name == "seeds":
                 seeds.claim(*_seeding(run, out))
             else:
                 log.claim(folder / name, {key: known[key] for key in sections} | {"reads": inputs}, free=FREE)
             if jax.process_index() == 0 or work in SHARED:
-                log.once(book or folder / "stages.json", label + name, functools.partial(work, run, out, *sources))
+                log.say(f"{label}{name}, stage {number} of {len(todo)}")
+                log.once(book, label + name, functools.partial(work, run, out, *sources))
             mesh.wait_for_hosts(name)
 
 
@@ -104,15 +106,17 @@ def check(c: Mapping) -> None:
     names = () if c["stages"] == "all" else c["stages"].split(",")
     wrong = [f"stages: got {name!r}, available are {[*plan(c)]}" for name in names if name not in plan(c)]
     tries = [lambda: respond.check(c["response"]["prompt"]), lambda: sandbox.backend(c["sandbox"]["backend"]),
-             lambda: _check_start(c), *(functools.partial(pair_settings, c, rule) for rule in c["pairs"]["rules"]),
+             *(functools.partial(stream.ordered_by, c[name]["runner"]) for name in ("seeds", "sandbox")),
+             *(functools.partial(pair_settings, c, rule) for rule in c["pairs"]["rules"]),
+             *(functools.partial(Run(c, {}, None).asking, name) for name in ASKED),
              lambda: dimensions.check(*c["dimensions"], *c["rewrite"]["dimensions"], *_scored(c)),
-             *(functools.partial(Run(c, {}, None).asking, name) for name in ASKED)]
+             lambda: _check_start(c)]
     for attempt in tries:
         try:
             attempt()
         except ValueError as error:
             wrong.append(str(error))
-    if c["pairs"]["by"] == "dimension" and not (c["dimensions"] or c["rewrite"]["dimensions"]):
+    if c["pairs"]["by"] == "dimension" and not _dealt(c):
         wrong.append("pairs.by: got 'dimension', but neither dimensions nor rewrite.dimensions names one")
     if jax.process_count() > 1 and (c["docstrings"]["ask"] or c["judge"]["kind"] == "engine"):
         wrong.append("docstrings.ask, judge.kind: a model judges on one host only")
@@ -120,6 +124,10 @@ def check(c: Mapping) -> None:
         wrong.append("judge.start: expected the name or the folder of the model that judges")
     if c["judge"]["second"]["start"] and c["judge"]["kind"] != "engine":
         wrong.append("judge.second: a second judge is compared with a first one of kind 'engine'")
+    if c["judge"]["second"]["start"] and c["pairs"]["by"] == "reward":
+        wrong.append("judge.second: nothing is judged where pairs.by is 'reward'")
+    if c["judge"]["start"] and c["judge"]["second"]["start"] == c["judge"]["start"]:
+        wrong.append("judge.second.start: expected another model than judge.start")
     if c["judge"]["kind"] not in JUDGES:
         wrong.append(f"judge.kind: got {c['judge']['kind']!r}, available are {[*JUDGES]}")
     if wrong:
@@ -144,13 +152,12 @@ def _margin(c: Mapping) -> float | Mapping[str, float]:
     return (static.MARGINS if by == "dimension" else static.MARGINS.get(by, 0.0)) if is_static else 1.0
 
 
-def _check_inputs(name: str, sources: list[Path]) -> None:
+def _check_inputs(name: str, sources: list[Path], book: Path) -> None:
     for source in sources:
         if not source.is_file():
             raise ValueError(f"stage {name!r} reads {source}, which is not there; run the stage before it")
         if not source.stat().st_size:
-            raise ValueError(f"stage {name!r} reads {source}, which has no records; stages.json says why they were "
-                             "dropped")
+            raise ValueError(f"stage {name!r} reads {source}, which has no records; {book} says why they were dropped")
 
 
 def _check_start(c: Mapping) -> None:
@@ -183,7 +190,7 @@ def _concepts(run: Run, out: Path, seeds: Path) -> dict:
 def _tasks(run: Run, out: Path, concepts: Path) -> dict:
     own = {key: run.c["instruction"][key] for key in ("categories", "words", "near_duplicate")}
     return instruct.tasks(out, concepts, run.engine(), run.asking("instruction"), **own,
-                          benchmarks=run.c["seeds"]["benchmarks"])
+                          benchmarks=run.c["seeds"]["benchmarks"], embed=_embed(run.c))
 
 
 def _responses(run: Run, out: Path, tasks: Path) -> dict:
@@ -209,6 +216,7 @@ def _rewritten(run: Run, out: Path, drafts: Path, rewrites: Path) -> dict:
 
 def _scores(run: Run, out: Path, judged: Path) -> dict:
     how = run.c["judge"]
+    run.engine.cache_clear()  # nobody is going to ask the model again: room for one that judges
     where = {"chunk": 2000}  # a model is asked from this process, about many at once
     if how["kind"] == "static":
         where = {key: run.c["sandbox"][key] for key in ("runner", "workers")}
@@ -217,7 +225,7 @@ def _scores(run: Run, out: Path, judged: Path) -> dict:
     if how["second"]["start"]:
         judges = {how["start"]: _rater(how), how["second"]["start"]: _rater(how["second"])}
         counts |= scores.compare(out.with_name("judges.json"), stream.rows(judged), judges, seed=run.c["seed"],
-                                 count=how["second"]["count"])
+                                 count=how["second"]["count"], dimensions=_scored(run.c))
     return counts
 
 
@@ -225,18 +233,27 @@ def _pairs(run: Run, out: Path, judged: Path) -> dict:
     """Make pairs, drop those that share with a benchmark, and keep as many of each dimension."""
     made_by_rule, how = out.with_name("by_rule.jsonl"), run.c["seeds"]
     settings = pair_settings(run.c, out.parent.name.removeprefix("pairs-"))
-    embed = pkgutil.resolve_name(run.c["embed"]) if run.c["embed"] else None
     made = pairs.make(made_by_rule, _judged(judged), **settings)
     clean = decontaminate.clean(out.parent, made_by_rule, fields=("prompt", "chosen", "rejected"),
                                 benchmarks=how["benchmarks"], runner=how["runner"],
-                                workers=min(how["workers"], 1 + made["out"] // 1000), embed=embed)
-    even = pairs.balance(out, out.with_name("clean.jsonl"), seed=run.c["seed"], is_on=run.c["pairs"]["balance"])
+                                workers=min(how["workers"], 1 + made["out"] // 1000), embed=_embed(run.c))
+    names = _dealt(run.c) if run.c["pairs"]["balance"] else ()
+    even = pairs.balance(out, out.with_name("clean.jsonl"), seed=run.c["seed"], names=names)
     dropped = Counter(made["dropped"]) + clean.get("dropped", Counter()) + Counter(even["dropped"])
-    return made | {"out": even["out"], "dropped": dict(dropped.most_common())} | pairs.describe(out)
+    return made | even | {"in": made["in"], "dropped": dict(dropped.most_common())} | pairs.describe(out)
+
+
+def _embed(c: Mapping) -> decontaminate.Embed | None:
+    return pkgutil.resolve_name(c["embed"]) if c["embed"] else None
 
 
 def _judged(path: Path) -> Iterator[Judged]:
     return (Judged(**row) for row in stream.rows(path))
+
+
+def _dealt(c: Mapping) -> tuple[str, ...]:
+    """The dimensions that the pairs are of."""
+    return tuple(c["rewrite"]["dimensions"] or c["dimensions"])
 
 
 def _scored(c: Mapping) -> tuple[str, ...]:
@@ -263,7 +280,7 @@ SHARED = (_concepts, _tasks, _responses, _verdicts, _rewrites, _rewritten)  # wh
 STAGES = {  # the work, and what decides what it writes
     "seeds": (_seeds, ()),
     "concepts": (_concepts, ("model", "asking", "concepts", "seed")),
-    "tasks": (_tasks, ("model", "asking", "instruction", "benchmarks", "seed")),
+    "tasks": (_tasks, ("model", "asking", "instruction", "benchmarks", "embed", "seed")),
     "responses": (_responses, ("model", "asking", "response", "dimensions", "seed")),
     "verdicts": (_verdicts, ("sandbox",)),
     "drafts": (_drafts, ("rewrite", "seed")),

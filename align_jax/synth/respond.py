@@ -17,7 +17,7 @@ from pathlib import Path
 
 from align_jax import records
 from align_jax.engine import Engine
-from align_jax.records import Response, Sample, Text
+from align_jax.records import Response, Sample
 from align_jax.synth import answers, dimensions, stream, write
 from align_jax.synth.write import Asking
 
@@ -36,7 +36,7 @@ def respond(out: Path, tasks: Path, engine: Engine, asking: Asking, *, prompt: s
         return Response(id=written.id, task_id=row["id"], completion=written.completion,
                         prompt=[{"role": "user", "content": shown.strip()}] if asking.chat else shown,
                         finish=written.finish, solution_text=found.response, program=found.program,
-                        tests=[*found.tests], dimension=row["dimension"])
+                        tests=[*found.tests], instruction=row["instruction"], dimension=row["dimension"])
 
     return write.stage(out, dimensions.deal(stream.rows(tasks), names), engine, name="response", asking=asking,
                        fields=lambda row: {"instruction": row["instruction"]} | _principle(row), parse=parse,
@@ -63,7 +63,7 @@ def drafts(out: Path, responses: Path, judged: Path, *, names: Sequence[str], se
 def rewrite(out: Path, drafts: Path, engine: Engine, asking: Asking) -> dict:
     """Write n rewritten responses to every draft, to be run against its tests."""
     def fields(row: Mapping) -> dict[str, str]:
-        return {"instruction": _asked(row["prompt"]), "draft": row["solution_text"]} | _principle(row)
+        return {"instruction": row["instruction"], "draft": row["solution_text"]} | _principle(row)
 
     def parse(row: Mapping, written: Sample) -> Response:
         found = answers.rewritten(written.completion, finish=written.finish)
@@ -92,10 +92,6 @@ def check(prompt: str) -> None:
     """Refuse a prompt that would not show the instruction."""
     if prompt.count("{instruction}") != 1:
         raise ValueError(f"response.prompt: got {prompt!r}, expected text with {{instruction}} in it, once")
-
-
-def _asked(prompt: Text) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def _principle(row: Mapping) -> dict[str, str]:

@@ -29,6 +29,8 @@ ANSWERS = {"left": "Left is better", "right": "Right is better", "tie": "No diff
 
 def make(folder: Path, pairs: Sequence[Pair], *, seed: int, count: int = 100, question: str = "") -> int:
     """Write the sheets and the key of `count` random pairs; return how many there are."""
+    if not pairs:
+        raise ValueError("no pairs to review")
     drawn = random.Random(seed).sample(list(pairs), min(count, len(pairs)))
     rows, key = [], []
     for number, pair in enumerate(drawn, 1):
@@ -186,8 +188,8 @@ def main() -> None:
     if len(args.paths) < 2 or (args.what == "make" and len(args.paths) > 2):
         parser.error("expected: make PAIRS FOLDER, or: score FOLDER REVIEWED.csv [REVIEWED.csv]")
     if args.what == "make":
-        pairs, folder = args.paths
-        count = make(folder, records.read(pairs, Pair), seed=args.seed, count=args.count, question=args.question)
+        path, folder = args.paths
+        count = make(folder, records.read(path, Pair), seed=args.seed, count=args.count, question=args.question)
         print(f"{folder}: wrote review.html, review.csv and key.csv with {count} pairs")
     else:
         for name, found in score(args.paths[0], args.paths[1:]).items():
@@ -195,4 +197,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None

@@ -29,35 +29,39 @@ def score(out: Path, judged: Iterable[Mapping], *, judge: Judge, dimensions: Seq
     part, journal_path = out.with_name(f"{out.stem}.partial.jsonl"), out.with_name("progress.json")
     if not out.is_file():
         work = functools.partial(annotate, judge=judge, dimensions=tuple(dimensions))
+
+        def take(scored: list[Judged]) -> stream.Growth:
+            silent = Counter(name for response in scored for name, value in response.scores.items() if value is None)
+            return {part: scored}, len(scored), {"in": Counter(records=len(scored)), "no verdict": silent}
+
         with stream.Journal(journal_path, [part]) as journal:
-            left = stream.chunks(itertools.islice(judged, journal.done, None), chunk)
-            with log.progress(what="score", unit="answer", total=total, done=journal.done) as bar:
-                for scored in stream.runner(runner)(work, left, workers=workers, lost=_lost):
-                    silent = Counter(name for r in scored for name, value in r.scores.items() if value is None)
-                    counts = {"in": Counter(records=len(scored)), "no verdict": silent}
-                    journal.commit({part: scored}, done=len(scored), counts=counts)
-                    bar.update(len(scored))
+            journal.extend(work, itertools.islice(judged, journal.done, None), take, chunk=chunk, lost=_lost,
+                           runner=runner, workers=workers, what="score", unit="answer", total=total)
         os.replace(part, out)
     counts = stream.counts(journal_path)
     num = counts["in"]["records"]
     return {"in": num, "out": num, "dropped": {}, "no verdict": dict(counts["no verdict"])}
 
 
-def compare(out: Path, judged: Iterable[Mapping], judges: Mapping[str, Judge], *, count: int, seed: int) -> dict:
+def compare(out: Path, judged: Iterable[Mapping], judges: Mapping[str, Judge], *, count: int, seed: int,
+            dimensions: Sequence[str] = ()) -> dict:
     """Let two judges rate the same `count` responses, drawn by their ids; write how far they agree, by dimension.
 
-    Ratings are rounded to whole points, for Cohen's kappa (`validate.raters`).
+    On each of the dimensions, or on the responses' own. Ratings are rounded to whole points, for Cohen's kappa
+    (`validate.raters`); None where there is no response that both rated.
     """
     drawn = heapq.nsmallest(count, judged, key=lambda row: records.fingerprint(seed, row["id"]))
     whole = {name: functools.partial(_in_points, judge) for name, judge in judges.items()}
     found = {}
-    for dimension in sorted({row["dimension"] for row in drawn}):
-        items = [item(Judged(**row)) for row in drawn if row["dimension"] == dimension]
-        found[dimension] = {pair: asdict(rating) for pair, rating in
-                            validate.judges(whole, dimension, items).items()}
+    for dimension in dimensions or sorted({row["dimension"] for row in drawn}):
+        items = [item(Judged(**row)) for row in drawn if dimensions or row["dimension"] == dimension]
+        try:
+            (rating,) = validate.judges(whole, dimension, items).values()
+            found[dimension] = asdict(rating)
+        except ValueError as error:
+            found[dimension] = {"kappa": None, "why": str(error)}
     log.write_json(out, found)
-    return {"kappa of two judges": {dimension: rating["kappa"] for dimension, by_pair in found.items()
-                                    for rating in by_pair.values()}}
+    return {"kappa of two judges": {dimension: rating["kappa"] for dimension, rating in found.items()}}
 
 
 def _in_points(judge: Judge, dimension: str, items: Sequence[tuple[str, str]]) -> list[float | None]:
@@ -81,6 +85,8 @@ def item(response: Judged) -> tuple[str, str]:
     A plain prompt is continued, and a chat may have begun the answer: the program starts there.
     """
     answer = response.completion if response.solution_text is None else response.solution_text
+    if response.instruction:
+        return response.instruction, answer
     if isinstance(response.prompt, str):
         return response.prompt, answer if "```" in answer else response.prompt + answer
     start = response.prompt[-1]["content"] if response.prompt[-1]["role"] == "assistant" else ""

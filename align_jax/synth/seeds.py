@@ -8,8 +8,8 @@ source, near-duplicates of what was kept are dropped, a judge of docstrings is a
 is kept. What grows with the source is on disk.
 
 What is kept does not depend on the number of workers, nor on kills: the table of kept digests is made again from the
-file, since what the judge turned down is not in it. Writes seeds.jsonl, contamination.{jsonl,json,txt} and
-progress.json, whose counts add up: documents = read + unread, functions = kept + dropped.
+file, since what the judge turned down is not in it. Writes seeds.jsonl, contamination.{jsonl,json,txt}, unread.jsonl
+and progress.json, whose counts add up: documents = read + unread, functions = kept + dropped.
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ class Sifted:
 
     seeds: list[tuple[Seed, Any]]
     overlaps: list[Overlap]
+    unread: list[dict]
     counts: dict[str, Counter]
     done: int
 
@@ -49,23 +50,25 @@ def gather(run: Path, source: Mapping, *, filtering: Mapping, benchmarks: Sequen
 
     `judge` says of each program whether its docstring describes it; it is asked about the seeds of a chunk at once.
     """
-    path, part, overlaps = (run / f"{name}.jsonl" for name in ("seeds", "seeds.partial", "contamination"))
+    names = ("seeds", "seeds.partial", "contamination", "unread")
+    path, part, overlaps, unread = (run / f"{name}.jsonl" for name in names)
     if path.is_file():
         return stream.counts(run / "progress.json")
     typecheck.check(pyright)
-    ordered, benchmarks = stream.runner(runner), decontaminate.resolved(benchmarks)
+    benchmarks = decontaminate.resolved(benchmarks)
     work = functools.partial(sift, filtering=dict(filtering), benchmarks=benchmarks, pyright=pyright)
-    with stream.Journal(run / "progress.json", [part, overlaps]) as journal:
+    with stream.Journal(run / "progress.json", [part, overlaps, unread]) as journal:
         kept = near.seen(near_duplicate)
         for row in stream.rows(part):
             kept.add(row["id"], near.digest(row["code"]))
-        left = stream.chunks(documents(source, skip=journal.done), chunk)
-        with log.progress(total=size(source), what="seeds", unit="document", done=journal.done) as bar:
-            for found in ordered(work, left, workers=workers, lost=_lost):
-                fresh, dropped = choose(found.seeds, kept, judge)
-                counts = found.counts | {"dropped": found.counts["dropped"] + dropped, "out": Counter(seeds=len(fresh))}
-                journal.commit({part: fresh, overlaps: found.overlaps}, done=found.done, counts=counts)
-                bar.update(found.done)
+
+        def take(found: Sifted) -> stream.Growth:
+            fresh, dropped = choose(found.seeds, kept, judge)
+            counts = found.counts | {"dropped": found.counts["dropped"] + dropped, "out": Counter(seeds=len(fresh))}
+            return {part: fresh, overlaps: found.overlaps, unread: found.unread}, found.done, counts
+
+        journal.extend(work, documents(source, skip=journal.done), take, chunk=chunk, lost=_lost, runner=runner,
+                       workers=workers, what="seeds", unit="document", total=size(source))
     counts = journal.counts
     decontaminate.report(run, decontaminate.index(benchmarks), checked=counts.get("in", Counter())["checked"])
     os.replace(part, path)
@@ -75,10 +78,10 @@ def gather(run: Path, source: Mapping, *, filtering: Mapping, benchmarks: Sequen
 def sift(chunk: list[Document], *, filtering: Mapping, benchmarks: tuple[str, ...], pyright: bool) -> Sifted:
     """Make seeds of documents: all that can be said of one alone, and its digest. Pure, so any engine maps it."""
     steps, index = filters.steps(**filtering), decontaminate.index(benchmarks)
-    tally = {"in": Counter(documents=len(chunk)), "unread": Counter(), "dropped": Counter()}
-    found = _keep((filters.extract(*document) if document[1] is not None else "no text" for document in chunk),
-                  tally["unread"])
-    functions = list(itertools.chain.from_iterable(found))
+    found = {place: "no text" if text is None else filters.extract(place, text) for place, text in chunk}
+    unread = [{"document": place, "why": why} for place, why in found.items() if isinstance(why, str)]
+    functions = [function for functions in found.values() if not isinstance(functions, str) for function in functions]
+    tally = {"in": Counter(documents=len(chunk)), "unread": Counter(row["why"] for row in unread), "dropped": Counter()}
     seeds = _keep((filters.sift(seed, steps) for seed in functions), tally["dropped"])
     tally["in"] += Counter(functions=len(functions), checked=len(seeds))
     overlaps = [decontaminate.find(index, seed.id, seed.code) for seed in seeds]
@@ -86,8 +89,8 @@ def sift(chunk: list[Document], *, filtering: Mapping, benchmarks: tuple[str, ..
                   tally["dropped"])
     if pyright:
         seeds = _keep(typecheck.well_typed(seeds), tally["dropped"])
-    return Sifted([(seed, near.digest(seed.code)) for seed in seeds], list(itertools.chain(*overlaps)), tally,
-                  len(chunk))
+    return Sifted([(seed, near.digest(seed.code)) for seed in seeds], list(itertools.chain(*overlaps)), unread,
+                  tally, len(chunk))
 
 
 def choose(seeds: list[tuple[Seed, Any]], kept, judge: Judge | None) -> tuple[list[Seed], Counter]:
@@ -133,6 +136,14 @@ def size(source: Mapping) -> int | None:
     return sum(1 for _ in _files(path, source["exclude"])) if os.path.isdir(path) else None
 
 
+def _listing(source: Mapping) -> str | None:
+    """What names the documents of a folder or a file, from which a killed run goes on; None of a data set."""
+    path = Path(source["path"])
+    files = _files(str(path), source["exclude"]) if path.is_dir() else filter(Path.is_file, [path])
+    sizes = [(str(file.relative_to(path)), file.lstat().st_size) for file in files]
+    return records.fingerprint(sizes) if sizes else None
+
+
 def _keep(results: Iterable, dropped: Counter) -> list:
     """Sort the reasons out of a list of results, and count them."""
     results = list(results)
@@ -146,8 +157,9 @@ def _again(seed: Seed, digest, kept) -> str:
 
 
 def _lost(document: Document) -> Sifted:
-    return Sifted([], [], {"in": Counter(documents=1), "unread": Counter({"killed its process": 1}),
-                           "dropped": Counter()}, 1)
+    unread = [{"document": document[0], "why": "killed its process"}]
+    return Sifted([], [], unread, {"in": Counter(documents=1), "unread": Counter({"killed its process": 1}),
+                                   "dropped": Counter()}, 1)
 
 
 def _files(folder: str, exclude: Sequence[str]) -> Iterator[Path]:
@@ -198,7 +210,8 @@ def claim(c: Mapping, judged_by: Mapping | None = None) -> Path:
     """Make or take up the folder of a config's seeds."""
     files = decontaminate.find_files(c["benchmarks"])
     deciding = {key: c[key] for key in c if key not in ("run", "runner", "workers", "chunk")}
-    deciding |= {"benchmarks": {str(f): records.fingerprint(f) for f in files}, "judged_by": judged_by}
+    deciding |= {"benchmarks": {str(f): records.fingerprint(f) for f in files}, "judged_by": judged_by,
+                 "documents": _listing(c["source"])}
     return log.claim(c["run"], deciding)
 
 
@@ -210,9 +223,9 @@ def main(c: Mapping, *, judge: Judge | None = None, judged_by: Mapping | None = 
     counts = gather(run, **{key: c[key] for key in c if key not in ("run", "judge")}, judge=judge)
     if "in" not in counts:
         raise ValueError(f"source.path: got {c['source']['path']!r}, in which there is no Python to read")
-    log.say(f"{run / 'seeds.jsonl'}: wrote {counts['out']['seeds']:,} seeds of {counts['in']['functions']:,} functions "
+    log.say(f"{run / 'seeds.jsonl'}: {counts['out']['seeds']:,} seeds of {counts['in']['functions']:,} functions "
             f"in {counts['in']['documents']:,} documents; dropped {stream.tell(counts['dropped'])}; "
-            f"unread {stream.tell(counts['unread'])}")
+            f"unread {stream.tell(counts['unread'])}{', see unread.jsonl' if counts['unread'] else ''}")
     return {"in": counts["in"]["functions"], "out": counts["out"]["seeds"], "dropped": dict(counts["dropped"])}
 
 

@@ -65,7 +65,7 @@ def ordered(work: Callable[[list], Any], chunks: Iterable[list], *, workers: int
 RUNNERS = {"local": ordered, "ray": cluster.ordered}
 
 
-def runner(name: str) -> Callable[..., Iterator]:
+def ordered_by(name: str) -> Callable[..., Iterator]:
     """Return the `ordered` of that name."""
     if name not in RUNNERS:
         raise ValueError(f"runner: got {name!r}, expected one of {', '.join(RUNNERS)}")
@@ -105,6 +105,10 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+# New rows by file, the number of items that they come of, and what is counted of these.
+Growth = tuple[Mapping[Path, Iterable], int, Mapping[str, Counter]]
+
+
 class Journal:
     """The files of a stage that grow together, and what was counted so far.
 
@@ -114,10 +118,13 @@ class Journal:
 
     def __init__(self, path: Path, files: Iterable[Path], *, is_writer: bool = True):
         self.path, self._is_writer = path, is_writer  # one of several hosts writes, all count
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._files = {file: records.hold(file.open("ab")) for file in files if is_writer}
         state = json.loads(path.read_text()) if path.is_file() else {"done": 0, "counts": {}, "bytes": {}}
         self.done: int = state["done"]
-        self.counts = counts(path) if path.is_file() else {}
-        self._files = {file: _reopen(file, state["bytes"].get(file.name, 0)) for file in files if is_writer}
+        self.counts = counts(path)
+        for file, stream in self._files.items():
+            _cut(file, stream, state["bytes"].get(file.name, 0))
 
     def __enter__(self):
         return self
@@ -125,6 +132,18 @@ class Journal:
     def __exit__(self, *error) -> None:
         for file in self._files.values():
             file.close()
+
+    def extend(self, work: Callable[[list], Any], items: Iterable, take: Callable[[Any], Growth], *, chunk: int,
+               lost: Callable[[Any], Any], runner: str = "local", workers: int = 1, **shown) -> None:
+        """Do `work` on chunks of the items that are left, and commit what `take` makes of each result, in order.
+
+        The progress bar is told `shown`: what, unit, total.
+        """
+        with log.progress(done=self.done, **shown) as bar:
+            for result in ordered_by(runner)(work, chunks(items, chunk), workers=workers, lost=lost):
+                new, done, counts = take(result)
+                self.commit(new, done=done, counts=counts)
+                bar.update(done)
 
     def commit(self, new: Mapping[Path, Iterable], *, done: int, counts: Mapping[str, Counter]) -> None:
         """Append rows to their files, add to what is done and counted, and make it last."""
@@ -164,13 +183,10 @@ def tell(count: Counter) -> str:
     return ", ".join(f"{number:,} {reason}" for reason, number in count.most_common()) or "none"
 
 
-def _reopen(path: Path, length: int):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = path.stat().st_size if path.is_file() else 0
-    if found < length:
-        raise ValueError(f"{path}: got {found} bytes, expected at least the {length} of the last commit; delete the "
-                         "run folder to start again")
-    file = path.open("ab")
+def _cut(path: Path, file, length: int) -> None:
+    """Cut a file back to the length of the last commit."""
+    if file.tell() < length:
+        raise ValueError(f"{path}: got {file.tell()} bytes, expected at least the {length} of the last commit; delete "
+                         "the run folder to start again")
     file.truncate(length)
     file.seek(length)
-    return file

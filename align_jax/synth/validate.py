@@ -69,6 +69,8 @@ def labels(own: Iterable[Judged], truth: Iterable[Judged]) -> tuple[Agreement, C
             dropped["not in the truth"] += 1
         elif "sandbox" in (judged.status, known[judged.id]):
             dropped["not run"] += 1
+        elif judged.status == "untested":
+            dropped["untested"] += 1
         else:
             tables[judged.task_id][judged.status == "passed", known[judged.id] == "passed"] += 1
     if not tables:

@@ -18,10 +18,12 @@ import jax
 
 from align_jax import log, mesh, records, sandbox, text
 from align_jax.records import Judged, Problem, Sample
-from align_jax.synth import stream
+from align_jax.synth import checks, stream
 
+UNTESTED = sandbox.Verdict(status="untested", detail="its tests pass without the solution", stdout="", stderr="",
+                           seconds=0.0, reward=0.0)
 SHARE = 256  # responses in a row that one of several hosts takes
-KEPT = ("id", "task_id", "prompt", "completion", "finish", "solution_text", "dimension")  # of a response
+KEPT = ("id", "task_id", "prompt", "completion", "finish", "solution_text", "instruction", "dimension")  # of a response
 
 
 def execute(out: Path, responses: Iterable[dict], *, backend: str = "auto", workers: int = 1, runner: str = "local",
@@ -35,13 +37,10 @@ def execute(out: Path, responses: Iterable[dict], *, backend: str = "auto", work
     if not out.is_file():
         part, mine = out.with_name(f"{names[host]}.jsonl"), _share(responses, host, hosts)
         work = functools.partial(judge, backend=sandbox.backend(backend), limits=sandbox.Limits(**limits))
+        take = lambda judged: ({part: judged}, len(judged), {"verdicts": Counter(j.status for j in judged)})
         with stream.Journal(out.with_name(f"{names[host]}.json"), [part]) as journal:
-            left = stream.chunks(itertools.islice(mine, journal.done, None), chunk)
-            with log.progress(what="execute", unit="program", total=total, done=journal.done) as bar:
-                for judged in stream.runner(runner)(work, left, workers=workers, lost=_lost):
-                    counts = {"verdicts": Counter(j.status for j in judged)}
-                    journal.commit({part: judged}, done=len(judged), counts=counts)
-                    bar.update(len(judged))
+            journal.extend(work, itertools.islice(mine, journal.done, None), take, chunk=chunk, lost=_lost,
+                           runner=runner, workers=workers, what="execute", unit="program", total=total)
         mesh.wait_for_hosts("executed")
         if host == 0:
             records.write(out, _joined([out.with_name(f"{name}.jsonl") for name in names]))
@@ -52,9 +51,17 @@ def execute(out: Path, responses: Iterable[dict], *, backend: str = "auto", work
 
 
 def judge(responses: Sequence[Mapping], *, backend: str, limits: sandbox.Limits) -> list[Judged]:
-    """Judge responses by their own tests. Pure but for the machine's load, so any engine maps it."""
+    """Judge responses by their own tests. Pure but for the machine's load, so any engine maps it.
+
+    Tests that pass run again without the solution: if they still pass, the status is "untested".
+    """
+    run = functools.partial(run_distinct, backend=backend, limits=limits, workers=1)
     jobs = [(row["program"], tuple(row["tests"])) for row in responses]
-    verdict_of = run_distinct(jobs, backend=backend, limits=limits, workers=1)
+    verdict_of = run(jobs)
+    passed = [job for job, verdict in verdict_of.items() if verdict.status == "passed"]
+    alone = {job: (checks.without(job[0]), job[1]) for job in passed}
+    control = run(alone.values())
+    verdict_of |= {job: UNTESTED for job in passed if control[alone[job]].status == "passed"}
     return [_judged({name: row[name] for name in KEPT}, verdict_of[job])
             for row, job in zip(responses, jobs, strict=True)]
 

@@ -83,6 +83,7 @@ def stage(out: Path, source: Iterable[Row], engine: Engine, *, name: str, fields
     with stream.Journal(out.with_name("progress.json"), files, is_writer=is_writer) as journal:
         mesh.wait_for_hosts("open")
         choose = chooser(stream.rows(part)) if chooser else None
+        mesh.wait_for_hosts("read")  # only now may the first one append
         rows = itertools.islice(source, journal.done, None)
         with log.progress(what=out.stem, unit="record", total=total, done=journal.done) as bar:
             for shard in stream.chunks(rows, asking.shard):
@@ -114,6 +115,9 @@ def _shard(answers: Path, shard: Sequence[Row], engine: Engine, name: str, field
     asked = {id: asking.prompt(name, id, fields(row)) for id, row in by_id.items()}
     misfits = engine.too_long([*asked.items()], max_tokens=asking.max_tokens)
     asked = {id: prompt for id, prompt in asked.items() if id not in misfits}
+    if misfits:
+        log.say(f"{name}: {len(misfits)} of {len(shard)} prompts and max_tokens={asking.max_tokens} do not fit into "
+                "the model's positions; fewer `shots` make prompts shorter, asking.brief=True leaves all examples out")
     samples = _answers(answers, engine, name, asked, asking)
     found, dropped = [], Counter({"prompt too long": asking.n * len(misfits)})
     dropped["unanswered"] = asking.n * len(asked) - len(samples)
