@@ -225,6 +225,7 @@ class Appender:
     """A JSONL file that begins with some rows and takes more, flushed after every write."""
 
     def __init__(self, path: Path, first: Iterable[Any]):
+        path.parent.mkdir(parents=True, exist_ok=True)
         with hold(path.open("a", encoding="utf-8")):
             write(path, first)
             self._file = hold(path.open("a", encoding="utf-8"))
