@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     pocket = resources.files("align_jax") / "pocket"
     common = {
         "steps": 0,
-        "data": {"kind": "pairs", "row_length": 512, "rows_per_batch": 8, "epochs": 1},
+        "data": {"kind": "pairs", "row_length": 512, "rows_per_batch": 4, "epochs": 1},
         "compute": {"dtype": "float32", "remat": "none", "chunk": 128, "accumulate": 1},
         "ckpt": {"every": 1000, "keep": 1, "export": "bfloat16"},
     }
@@ -54,11 +54,11 @@ def get_config(arg: str = "") -> ConfigDict:
             "dpo": common | {
                 "rule": "pass_fail",
                 "objective": {"name": "dpo", "beta": 0.1},
-                "optim": {"lr": 1e-4, "warmup": 0.1, "decay": "linear", "b2": 0.98}},
+                "optim": {"lr": 2e-4, "warmup": 0.1, "decay": "linear", "b2": 0.98}},
             "bonbon": common | {
                 "rule": "best_worst",
                 "objective": {"name": "bonbon", "n": 8, "alpha": 0.005},
-                "optim": {"lr": 1e-4, "warmup": 0.1, "decay": "linear", "b2": 0.98}},
+                "optim": {"lr": 2e-4, "warmup": 0.1, "decay": "linear", "b2": 0.98}},
         },
         "benchmark": {
             "name": "PocketEval", "path": str(pocket / "PocketEval.jsonl.gz"),
