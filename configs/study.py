@@ -6,7 +6,7 @@
 
 Hardware: an accelerator that trains the model whole (configs/dpo.py), and CPU cores for the programs. Pairs are made as
 in configs/synth.py; `--config.pairs.synth.seeds.source.path` names where seeds come from, and `.seeds.run` is shared by
-both models. Learning rates are those of configs/{sft,dpo,bonbon}.py.
+both models. Learning rates are those of configs/{sft,dpo,bonbon}.py. `:smoke` is that of configs/quickstart.py.
 """
 
 from ml_collections import ConfigDict
@@ -15,8 +15,10 @@ from configs import bonbon, dpo, quickstart, sft, synth
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    if arg:
-        raise ValueError(f"config argument: got {arg!r}, expected nothing")
+    if arg not in ("", "smoke"):
+        raise ValueError(f"config argument: got {arg!r}, expected 'smoke' or nothing")
+    if arg == "smoke":
+        return quickstart.get_config("smoke")
     c, factory = quickstart.get_config(), synth.of_study()
     factory.update({"response": {"n": 8}, "pairs": {"min_usable": 0.75}})
     c.pairs.synth = factory

@@ -287,8 +287,11 @@ def command(*overrides: str) -> subprocess.CompletedProcess:
 @pytest.mark.timeout(300)
 def test_an_interrupted_command_ends_in_one_line_and_continues(tmp_path):
     run = f"--config.run={tmp_path}"
-    asked = subprocess.Popen([*COMMAND, run, "--config.sample.n=4", "--config.sample.max_tokens=128"],
-                             stderr=subprocess.PIPE, **HOW)
+    # What is started in the background of a shell ignores Ctrl-C, and so would its children.
+    heeding = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); " \
+              "runpy.run_module('align_jax.sample', run_name='__main__')"
+    asked = subprocess.Popen([sys.executable, "-c", heeding, *COMMAND[3:], run, "--config.sample.n=4",
+                              "--config.sample.max_tokens=128"], stderr=subprocess.PIPE, **HOW)
     part = tmp_path / "samples.jsonl.partial"
     while asked.poll() is None and not (part.is_file() and part.stat().st_size):
         time.sleep(0.01)

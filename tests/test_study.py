@@ -95,7 +95,7 @@ def config(checkpoint, tmp_path_factory):
             "benchmark.sampling.max_tokens": 8, "sandbox.wall_s": 20.0, "sandbox.cpu_s": 20.0,
             "evalplus.min_time_limit": 5.0})
         for recipe in c.train.values():
-            recipe.data.update({"row_length": 512, "epochs": 1})
+            recipe.data.update({"row_length": 512, "rows_per_batch": 8, "epochs": 1})  # eight devices
             recipe.ckpt.export = "float32"
         c.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
         return c
