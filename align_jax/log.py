@@ -27,8 +27,10 @@ def command(main: Callable) -> None:
 
     def parse(argv):
         try:
-            return app.parse_flags_with_usage(argv)
-        except Exception as error:  # ml_collections passes on whatever the file or an override raises
+            return flags.FLAGS(argv)
+        except flags.Error as error:  # of a config file that raises, its traceback: the last line says why
+            raise SystemExit(f"error: {str(error).strip().splitlines()[-1].strip()}") from None
+        except Exception as error:  # ml_collections passes on whatever an override raises
             raise SystemExit(f"error: --config: {error}".replace("\\n", " ")) from None
 
     def run(argv):

@@ -103,6 +103,13 @@ def find_files(paths: Iterable[str]) -> list[Path]:
     return found
 
 
+def told(paths: Iterable[str]) -> str:
+    """Say which files the paths and patterns stand for, and which of them for none."""
+    nothing = [path for path in paths if not find_files([path])]
+    return ", ".join(file.name for file in find_files(paths)) + (
+        f"; NOTHING MATCHES {', '.join(nothing)}" if nothing else "")
+
+
 def resolved(paths: Iterable[str]) -> tuple[str, ...]:
     """Name the files themselves: a pattern could match others, or none, where the work is done."""
     return tuple(str(path.absolute()) for path in find_files(paths))
@@ -320,7 +327,7 @@ def main(c: Mapping) -> None:
     counts = clean(run, path, embed=embed, **{key: c[key] for key in c if key not in ("run", "path", "embed")})
     kept, read, dropped = (counts.get(name, Counter()) for name in ("out", "in", "dropped"))
     log.say(f"{run / 'clean.jsonl'}: wrote {kept['records']:,} of {read['records']:,} records; "
-            f"dropped {stream.tell(dropped)}; compared with {', '.join(f.name for f in files)}")
+            f"dropped {stream.tell(dropped)}; compared with {told(c['benchmarks'])}")
 
 
 if __name__ == "__main__":

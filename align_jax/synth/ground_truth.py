@@ -88,7 +88,8 @@ def main(c: Mapping) -> None:
     log.check_set(c)
     for name, value in dataclasses.asdict(agreement(c)).items():
         log.say(f"{name:20} {value:.3f}" if isinstance(value, float) else f"{name:20} {value}")
-    log.say(f"{c['run']}/truth: wrote truth.jsonl and agreement.json")
+    log.say(f"{c['run']}/truth: wrote truth.jsonl and agreement.json; precision: how many of those that pass their own "
+            "tests are right; rejected_precision: how many that fail them are wrong; recall: how many right ones pass")
 
 
 if __name__ == "__main__":

@@ -111,8 +111,8 @@ def balance(out: Path, path: Path, *, seed: int, names: Sequence[str]) -> dict:
             for id in sorted(found, key=lambda id: records.fingerprint(seed, id))[:least]}
     count = records.write(out, (row for row in stream.rows(path) if row["id"] in kept))
     missing = [name for name in names if name not in ids]
-    return {"in": total, "out": count, "dropped": {f"more than of {rarest}, the rarest": total - count}} | (
-        {"NO PAIR OF": missing} if missing else {})
+    dropped = {f"more than of {rarest}, the rarest of those here": total - count}
+    return {"in": total, "out": count, "dropped": dropped} | ({"NO PAIR OF": missing} if missing else {})
 
 
 def describe(path: Path) -> dict:

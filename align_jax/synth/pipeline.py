@@ -60,7 +60,7 @@ def make(c: Mapping, *, book: Path | None = None, label: str = "") -> None:
     known = c | {"model": run.model, "benchmarks": {str(path): records.fingerprint(path) for path in benchmarks},
                  "judge": _identity(c["judge"]), "by": c["pairs"]["by"],
                  "pairs": {key: value for key, value in c["pairs"].items() if key != "rules"}}
-    log.say(f"{folder}: benchmarks compared with: {', '.join(path.name for path in benchmarks) or 'none is here'}")
+    log.say(f"{folder}: benchmarks compared with: {decontaminate.told(c['seeds']['benchmarks'])}")
     with jax.set_mesh(mesh.make(**c["mesh"])):
         for number, (name, reads) in enumerate(todo.items(), 1):
             work, sections = STAGES[name.split("-")[0]]
@@ -240,6 +240,8 @@ def _pairs(run: Run, out: Path, judged: Path) -> dict:
     names = _dealt(run.c) if run.c["pairs"]["balance"] else ()
     even = pairs.balance(out, out.with_name("clean.jsonl"), seed=run.c["seed"], names=names)
     dropped = Counter(made["dropped"]) + clean.get("dropped", Counter()) + Counter(even["dropped"])
+    if missing := even.get("NO PAIR OF"):
+        log.say(f"no pair of {', '.join(missing)}: more tasks, or a model as judge (judge.kind), may give some")
     return made | even | {"in": made["in"], "dropped": dict(dropped.most_common())} | pairs.describe(out)
 
 
@@ -295,11 +297,11 @@ def main(c: Mapping) -> None:
     mesh.start_hosts()
     log.check_set(c)
     make(c)
-    made = [str(file(c, name)) for name in wanted(c) if name.startswith("pairs")]
-    if empty := [path for path in made if not Path(path).stat().st_size]:
+    made = {file(c, name): stream.count(file(c, name)) for name in wanted(c) if name.startswith("pairs")}
+    if empty := [str(path) for path, count in made.items() if not count]:
         raise ValueError(f"no pairs in {', '.join(empty)}; stages.json says why")
-    log.say(f"{c['run']} has {', '.join(wanted(c))}; stages.json counts what each one dropped, by reason; "
-            f"to train on: {', '.join(made) or 'no pairs yet'}")
+    log.say(f"{c['run']} has {', '.join(wanted(c))}; stages.json counts what each one dropped, by reason; to train on: "
+            + (", ".join(f"{path} ({count:,} pairs)" for path, count in made.items()) or "no pairs yet"))
 
 
 if __name__ == "__main__":
