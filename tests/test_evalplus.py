@@ -266,6 +266,7 @@ def canonical(benchmark: str, file: Path, out: Path, **limits) -> dict[str, tupl
     return {score.task_id: (score.base, score.plus) for score in scores}
 
 
+@pytest.mark.slow
 @needs_data
 def test_humaneval_calibration(tmp_path):
     """163 of 164: EvalPlus 0.3.1 cannot pass HumanEval/32 (find_zero), whose special oracle goes on

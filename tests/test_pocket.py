@@ -88,6 +88,7 @@ def test_no_problem_of_the_benchmark_is_trained_on(problems):
         assert kinds == set(make.MIX[run])
 
 
+@pytest.mark.slow
 def test_the_problem_sets_are_what_the_tool_makes():
     sets = tool("pocket_problems").split(0, train=0, preference=1200, evaluation=400)
     for name, key in (("PocketEval", "evaluation"), ("PocketPref", "preference")):

@@ -132,6 +132,7 @@ def test_a_run_killed_twice_has_the_bits_of_an_unbroken_one(unbroken, killed, tm
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_saves_continues_from_a_whole_checkpoint(unbroken, killed, tmp_path):
     run = shutil.copytree(killed, tmp_path / "run")
     again = command(f"--config.run={run}", *SETTINGS, kill_at=16, in_save=True)
