@@ -74,17 +74,18 @@ class Unanswered(ConnectionError):
         self.is_halted = is_halted  # some were not even asked: the budget is spent, or nothing was answered any more
 
 
-def answered(who: Engine, prompts: Sequence[tuple[str, Text]], **settings) -> dict[str, list[Completion]]:
+def answered(who: Engine, prompts: Sequence[tuple[str, Text]], *, stop: bool = False,
+             **settings) -> dict[str, list[Completion]]:
     """The completions of every prompt that is answered, by id.
 
     Raises:
-      Unanswered: some were not even asked.
+      Unanswered: some were not even asked; or, with `stop`, were not answered.
     """
     found = {}
     try:
         found.update(who.generate(prompts, **settings))
     except Unanswered as error:
-        if error.is_halted:
+        if stop or error.is_halted:
             raise
     return found
 

@@ -35,8 +35,7 @@ def docstring_judge(engine: Engine, asking: Asking) -> Callable[[list[str]], lis
         asked = [(id, asking.prompt("docstring", id, {"function": code})) for id, code in ids.items()]
         misfits = engine.too_long(asked, max_tokens=asking.max_tokens)
         asked = [item for item in asked if item[0] not in misfits]  # whom nobody can ask about is not kept
-        ask = answered if asking.unanswered == "drop" else lambda who, *all, **how: dict(who.generate(*all, **how))
-        said = ask(engine, asked, **asking.sampling("docstring"))
+        said = answered(engine, asked, stop=asking.unanswered == "stop", **asking.sampling("docstring"))
         votes = {id: Counter(answers.verdict(c.text) for c in said.get(id, ())) for id in ids}
         return [votes[records.fingerprint(code)][True] > votes[records.fingerprint(code)][False]
                 for code in functions]

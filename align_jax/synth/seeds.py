@@ -64,7 +64,8 @@ def gather(run: Path, source: Mapping, *, filtering: Mapping, benchmarks: Sequen
 
         def take(found: Sifted) -> stream.Growth:
             fresh, dropped = choose(found.seeds, kept, judge)
-            counts = found.counts | {"dropped": found.counts["dropped"] + dropped, "out": Counter(seeds=len(fresh))}
+            counts = found.counts | {"unread": Counter(row["why"] for row in found.unread),
+                                     "dropped": found.counts["dropped"] + dropped, "out": Counter(seeds=len(fresh))}
             return {part: fresh, overlaps: found.overlaps, unread: found.unread}, found.done, counts
 
         journal.extend(work, documents(source, skip=journal.done), take, chunk=chunk, lost=_lost, runner=runner,
@@ -81,7 +82,7 @@ def sift(chunk: list[Document], *, filtering: Mapping, benchmarks: tuple[str, ..
     found = {place: "no text" if text is None else filters.extract(place, text) for place, text in chunk}
     unread = [{"document": place, "why": why} for place, why in found.items() if isinstance(why, str)]
     functions = [function for functions in found.values() if not isinstance(functions, str) for function in functions]
-    tally = {"in": Counter(documents=len(chunk)), "unread": Counter(row["why"] for row in unread), "dropped": Counter()}
+    tally = {"in": Counter(documents=len(chunk)), "dropped": Counter()}
     seeds = _keep((filters.sift(seed, steps) for seed in functions), tally["dropped"])
     tally["in"] += Counter(functions=len(functions), checked=len(seeds))
     overlaps = [decontaminate.find(index, seed.id, seed.code) for seed in seeds]
@@ -158,8 +159,7 @@ def _again(seed: Seed, digest, kept) -> str:
 
 def _lost(document: Document) -> Sifted:
     unread = [{"document": document[0], "why": "killed its process"}]
-    return Sifted([], [], unread, {"in": Counter(documents=1), "unread": Counter({"killed its process": 1}),
-                                   "dropped": Counter()}, 1)
+    return Sifted([], [], unread, {"in": Counter(documents=1), "dropped": Counter()}, 1)
 
 
 def _files(folder: str, exclude: Sequence[str]) -> Iterator[Path]:

@@ -123,8 +123,8 @@ class Journal:
         state = json.loads(path.read_text()) if path.is_file() else {"done": 0, "counts": {}, "bytes": {}}
         self.done: int = state["done"]
         self.counts = counts(path)
-        for file, stream in self._files.items():
-            _cut(file, stream, state["bytes"].get(file.name, 0))
+        for file_path, file in self._files.items():
+            _cut(file, state["bytes"].get(file_path.name, 0))
 
     def __enter__(self):
         return self
@@ -183,10 +183,10 @@ def tell(count: Counter) -> str:
     return ", ".join(f"{number:,} {reason}" for reason, number in count.most_common()) or "none"
 
 
-def _cut(path: Path, file, length: int) -> None:
+def _cut(file, length: int) -> None:
     """Cut a file back to the length of the last commit."""
     if file.tell() < length:
-        raise ValueError(f"{path}: got {file.tell()} bytes, expected at least the {length} of the last commit; delete "
-                         "the run folder to start again")
+        raise ValueError(f"{file.name}: got {file.tell()} bytes, expected at least the {length} of the last commit; "
+                         "delete the run folder to start again")
     file.truncate(length)
     file.seek(length)
