@@ -111,7 +111,8 @@ def test_two_processes_train_as_one_does(one, tmp_path, mesh, devices, program):
     assert "1 compilation(s)" in output
     same_losses(run, one)
     assert (run / "hf" / "model.safetensors").is_file()
-    references = [json.loads((r / "reference.json").read_text())["logps"] for r in (run, one)]
+    references = [{r.id: r.logps for r in records.read(folder / "reference.jsonl", records.Reference)}
+                  for folder in (run, one)]
     assert references[0].keys() == references[1].keys()
     assert all(references[0][name] == pytest.approx(logps, abs=1e-4) for name, logps in references[1].items())
 
