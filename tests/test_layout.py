@@ -16,7 +16,8 @@ LEVELS = {
     4: {"report"},
     5: {"study"},
 }
-WITHIN = {("text", "records"), ("attention", "mesh"), ("logprob", "mesh"), ("hf", "hf_config"), ("decode", "hf"), ("engine", "hf"), ("engine", "decode"),
+WITHIN = {("text", "records"), ("attention", "mesh"), ("logprob", "mesh"),
+          ("hf", "hf_config"), ("decode", "hf"), ("engine", "hf"), ("engine", "decode"),
           ("sample", "decode"), ("sample", "engine"), ("synth", "score")}  # imports inside a level
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 
