@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# A Cloud TPU slice: make it, install on all its workers, run the command there, follow it, collect, delete.
+#   launch/tpu.sh [--dry_run] create | queue | install | run COMMAND | log | status | stop | collect runs/NAME | delete --yes
+#   launch/tpu.sh run python -m align_jax.train --config=configs/dpo.py ...
+# Settings are environment variables: NAME, ZONE, TYPE (such as v5litepod-64); if wanted PROJECT, RUNTIME, SPOT=1, SLICES
+# and SHARED, a gs://BUCKET or an NFS HOST:/SHARE that becomes runs/ on every worker. launch/README.md goes step by step.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/steps.sh
+
+declare -A runtimes=([v2]=tpu-ubuntu2204-base [v3]=tpu-ubuntu2204-base [v4]=tpu-ubuntu2204-base
+                     [v5litepod]=v2-alpha-tpuv5-lite [v5p]=v2-alpha-tpuv5 [v6e]=v2-alpha-tpuv6e)
+for setting in NAME ZONE TYPE; do [ -n "${!setting:-}" ] || fail "$setting is not set, as in: export $setting=..."; done
+chip="${TYPE%-*}" cores="${TYPE##*-}" slices="${SLICES:-1}"
+[ -n "${runtimes[$chip]:-}" ] && [[ "$cores" =~ ^[0-9]+$ ]] ||
+  fail "TYPE: got '$TYPE', expected one of ${!runtimes[*]}, a dash and a number, such as v5litepod-64"
+[[ "$slices" =~ ^[1-9][0-9]*$ ]] || fail "SLICES: got '$slices', expected a number"
+
+vm=(gcloud compute tpus tpu-vm) queued=(gcloud compute tpus queued-resources)
+where=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
+kind=(--accelerator-type="$TYPE" --scopes=https://www.googleapis.com/auth/cloud-platform ${SPOT:+--spot})
+runtime="${RUNTIME:-${runtimes[$chip]}}"
+nodes=("$NAME")
+[ "$slices" -eq 1 ] || mapfile -t nodes < <(seq -f "$NAME-%g" 0 $((slices - 1)))  # as gcloud calls them
+
+create() {
+  [ "$slices" -eq 1 ] || fail "create makes one slice; SLICES=$slices needs queue"
+  step "${vm[@]}" create "$NAME" "${where[@]}" "${kind[@]}" --version="$runtime"
+}
+
+queue() {
+  local ids=(--node-id="$NAME")
+  [ "$slices" -eq 1 ] || ids=(--node-count="$slices" --node-prefix="$NAME")
+  step "${queued[@]}" create "$NAME" "${where[@]}" "${kind[@]}" --runtime-version="$runtime" "${ids[@]}"
+  local describe=("${queued[@]}" describe "$NAME" "${where[@]}" "--format=value(state.state)") is
+  [ -z "$dry_run" ] || { echo "# every 30 s, until it says ACTIVE:"; show "${describe[@]}"; return; }
+  while show "${describe[@]}"; is="$("${describe[@]}")"; [ "$is" != ACTIVE ]; do
+    case "$is" in FAILED | SUSPEND*) echo "error: $NAME is $is; delete it and queue again" >&2; exit 1 ;; esac
+    echo "$NAME is $is; interrupt as you like: it stays in the queue, and status tells" >&2
+    sleep 30
+  done
+}
+
+on_workers() {  # on_workers WORKERS ACTION [WORD...]: launch/tpu_worker.sh there
+  local node workers="$1"; shift
+  for node in "${nodes[@]}"; do
+    step "${vm[@]}" ssh "$node" "${where[@]}" --worker="$workers" \
+      --command="bash align_jax/launch/tpu_worker.sh $(quote "$@")"
+  done
+}
+
+install() {
+  check_shared
+  local tree="${TMPDIR:-/tmp}/align_jax-$NAME.tar.gz" node
+  step git archive --format=tar.gz --output="$tree" HEAD  # what is committed is what runs
+  for node in "${nodes[@]}"; do
+    step "${vm[@]}" scp "$tree" "$node:align_jax.tar.gz" "${where[@]}" --worker=all
+    step "${vm[@]}" ssh "$node" "${where[@]}" --worker=all \
+      --command="mkdir -p align_jax && tar -xzf align_jax.tar.gz -C align_jax"
+  done
+  on_workers all install ${SHARED:+"$SHARED"}
+}
+
+check_shared() {
+  [ "$cores" -le 8 ] && [ "$slices" -eq 1 ] || [ -n "${SHARED:-}" ] ||
+    fail "$TYPE has several hosts, which need one folder for their run: set SHARED to gs://BUCKET or HOST:/SHARE"
+}
+
+run() {
+  split "$@"
+  [ ${#options[@]} -eq 0 ] || fail "run: got '${options[*]}' before the command, expected nothing"
+  on_workers all start "${command[@]}"
+  log
+}
+
+log() { nodes=("${nodes[0]}"); on_workers 0 log; }  # the first host tells what there is to tell
+
+status() {
+  local node
+  for node in "${nodes[@]}"; do step "${vm[@]}" describe "$node" "${where[@]}" "--format=value(state)"; done
+  on_workers all status
+}
+
+stop() { on_workers all stop; }
+
+collect() {
+  [[ "${1:-}" == runs/?* ]] || fail "collect: got '${1:-}', expected a folder in runs/"
+  step mkdir -p "$1"
+  case "${SHARED:-}" in
+    gs://*) step gcloud storage rsync --recursive "$SHARED/${1#runs/}" "$1" ;;
+    *) step "${vm[@]}" scp --recurse "${nodes[0]}:align_jax/$1" "$(dirname "$1")" "${where[@]}" --worker=0 ;;
+  esac
+}
+
+delete() {
+  [ "${1:-}" = --yes ] || fail "delete: $NAME in $ZONE and all that is on its disks goes; add --yes"
+  local as_queued as_made
+  as_queued="$(quote "${queued[@]}" delete "$NAME" "${where[@]}" --force --quiet)"
+  as_made="$(quote "${vm[@]}" delete "$NAME" "${where[@]}" --quiet)"
+  step bash -c "$as_queued || $as_made"  # what was not queued is not found there
+}
+
+action="${1:-}"; shift || true
+case "$action" in
+  create | queue | install | run | log | status | stop | collect | delete) "$action" "$@" ;;
+  *) fail "got '$action', expected create, queue, install, run, log, status, stop, collect or delete" ;;
+esac
