@@ -10,11 +10,6 @@
 #SBATCH --signal=B:USR1@120
 set -euo pipefail
 
-# One process a node, which drives all its GPUs: jax would give a process under srun only one.
-if [ "${SLURM_NTASKS_PER_NODE:-1}" = 1 ] && [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
-  JAX_LOCAL_DEVICE_IDS="$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))"
-  export JAX_LOCAL_DEVICE_IDS
-fi
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda}" XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
 
 # USR1 comes to this script alone, two minutes before the end; the processes get TERM, save and exit. A job that is

@@ -2,7 +2,12 @@
 # Sourced by the scripts beside it, from the root of the repository: a step is done, or with --dry_run only printed, in a
 # form that can be pasted. Needs bash 4.4 or later.
 dry_run=
-if [ "${1:-}" = --dry_run ]; then dry_run=yes; shift; fi
+words=()
+while [ $# -gt 0 ] && [ "$1" != python ]; do  # wherever it stands: forgetting it would do things
+  case "$1" in --dry_run | --dry-run) dry_run=yes ;; *) words+=("$1") ;; esac
+  shift
+done
+set -- "${words[@]}" "$@"
 
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -33,6 +38,10 @@ split() {  # -> options, command: what stands before `python` and what begins wi
   command=("$@")
   [[ "${1:-} ${2:-} ${3:-}" =~ ^python\ -m\ align_jax\.[a-z_.]+$ ]] ||
     fail "got '${command[*]:-${options[*]}}', expected a command: python -m align_jax.train --config=configs/dpo.py ..."
+}
+
+only_committed() {  # what is committed is what runs
+  git diff --quiet HEAD || echo "note: changes that are not committed stay here" >&2
 }
 
 set -E  # the trap holds in functions too

@@ -11,15 +11,14 @@ source launch/steps.sh
 declare -A runtimes=([v2]=tpu-ubuntu2204-base [v3]=tpu-ubuntu2204-base [v4]=tpu-ubuntu2204-base
                      [v5litepod]=v2-alpha-tpuv5-lite [v5p]=v2-alpha-tpuv5 [v6e]=v2-alpha-tpuv6e)
 for setting in NAME ZONE TYPE; do [ -n "${!setting:-}" ] || fail "$setting is not set, as in: export $setting=..."; done
-chip="${TYPE%-*}" cores="${TYPE##*-}" slices="${SLICES:-1}"
-[ -n "${runtimes[$chip]:-}" ] && [[ "$cores" =~ ^[0-9]+$ ]] ||
-  fail "TYPE: got '$TYPE', expected one of ${!runtimes[*]}, a dash and a number, such as v5litepod-64"
+[[ "$TYPE" =~ ^([a-z0-9]+)-([0-9]+)$ ]] && runtime="${runtimes[${BASH_REMATCH[1]}]:-}"
+[ -n "${runtime:-}" ] || fail "TYPE: got '$TYPE', expected v2, v3, v4, v5litepod, v5p or v6e with a number, as v5litepod-64"
+cores="${BASH_REMATCH[2]}" slices="${SLICES:-1}" runtime="${RUNTIME:-$runtime}"
 [[ "$slices" =~ ^[1-9][0-9]*$ ]] || fail "SLICES: got '$slices', expected a number"
 
 vm=(gcloud compute tpus tpu-vm) queued=(gcloud compute tpus queued-resources)
 where=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
 kind=(--accelerator-type="$TYPE" --scopes=https://www.googleapis.com/auth/cloud-platform ${SPOT:+--spot})
-runtime="${RUNTIME:-${runtimes[$chip]}}"
 nodes=("$NAME")
 [ "$slices" -eq 1 ] || mapfile -t nodes < <(seq -f "$NAME-%g" 0 $((slices - 1)))  # as gcloud calls them
 
@@ -34,10 +33,14 @@ queue() {
   step "${queued[@]}" create "$NAME" "${where[@]}" "${kind[@]}" --runtime-version="$runtime" "${ids[@]}"
   local describe=("${queued[@]}" describe "$NAME" "${where[@]}" "--format=value(state.state)") is
   [ -z "$dry_run" ] || { echo "# every 30 s, until it says ACTIVE:"; show "${describe[@]}"; return; }
-  while show "${describe[@]}"; is="$("${describe[@]}")"; [ "$is" != ACTIVE ]; do
-    case "$is" in FAILED | SUSPEND*) echo "error: $NAME is $is; delete it and queue again" >&2; exit 1 ;; esac
-    echo "$NAME is $is; interrupt as you like: it stays in the queue, and status tells" >&2
-    sleep 30
+  until [ "${is:-}" = ACTIVE ]; do
+    show "${describe[@]}"
+    is="$("${describe[@]}")"
+    case "$is" in
+      ACTIVE) ;;
+      FAILED | SUSPEND*) echo "error: $NAME is $is; delete it and queue again" >&2; exit 1 ;;
+      *) echo "$NAME is $is; it stays in the queue if you interrupt this, and status tells" >&2; sleep 30 ;;
+    esac
   done
 }
 
@@ -51,8 +54,9 @@ on_workers() {  # on_workers WORKERS ACTION [WORD...]: launch/tpu_worker.sh ther
 
 install() {
   check_shared
+  only_committed
   local tree="${TMPDIR:-/tmp}/align_jax-$NAME.tar.gz" node
-  step git archive --format=tar.gz --output="$tree" HEAD  # what is committed is what runs
+  step git archive --format=tar.gz --output="$tree" HEAD
   for node in "${nodes[@]}"; do
     step "${vm[@]}" scp "$tree" "$node:align_jax.tar.gz" "${where[@]}" --worker=all
     step "${vm[@]}" ssh "$node" "${where[@]}" --worker=all \
@@ -76,15 +80,15 @@ run() {
 log() { nodes=("${nodes[0]}"); on_workers 0 log; }  # the first host tells what there is to tell
 
 status() {
-  local node
-  for node in "${nodes[@]}"; do step "${vm[@]}" describe "$node" "${where[@]}" "--format=value(state)"; done
+  step "${queued[@]}" list "${where[@]}" --filter="name:$NAME"
+  step "${vm[@]}" list "${where[@]}" --filter="name:$NAME"
   on_workers all status
 }
 
 stop() { on_workers all stop; }
 
 collect() {
-  [[ "${1:-}" == runs/?* ]] || fail "collect: got '${1:-}', expected a folder in runs/"
+  [ $# -eq 1 ] && [[ "$1" == runs/?* ]] || fail "collect: got '$*', expected a folder in runs/"
   step mkdir -p "$1"
   case "${SHARED:-}" in
     gs://*) step gcloud storage rsync --recursive "$SHARED/${1#runs/}" "$1" ;;
@@ -93,7 +97,7 @@ collect() {
 }
 
 delete() {
-  [ "${1:-}" = --yes ] || fail "delete: $NAME in $ZONE and all that is on its disks goes; add --yes"
+  [ "$*" = --yes ] || fail "delete: $NAME in $ZONE and all that is on its disks goes; add --yes"
   local as_queued as_made
   as_queued="$(quote "${queued[@]}" delete "$NAME" "${where[@]}" --force --quiet)"
   as_made="$(quote "${vm[@]}" delete "$NAME" "${where[@]}" --quiet)"
@@ -102,6 +106,9 @@ delete() {
 
 action="${1:-}"; shift || true
 case "$action" in
-  create | queue | install | run | log | status | stop | collect | delete) "$action" "$@" ;;
+  run | collect | delete) "$action" "$@" ;;
+  create | queue | install | log | status | stop)
+    [ $# -eq 0 ] || fail "$action: got '$*', expected nothing after it"
+    "$action" ;;
   *) fail "got '$action', expected create, queue, install, run, log, status, stop, collect or delete" ;;
 esac

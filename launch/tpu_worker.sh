@@ -54,7 +54,8 @@ is_running() { ! flock --nonblock "$here/lock" true; }
 
 log() {  # to its end, and with the command's exit status
   [ -e "$here/pid" ] || fail "nothing was started"
-  tail --lines=+1 --follow --pid="$(<"$here/pid")" "$here/log"
+  flock "$here/lock" true &  # ends with the command
+  tail --lines=+1 --follow --sleep-interval=0.2 --pid=$! "$here/log"
   [ -e "$here/exit" ] || fail "the command was killed"
   return "$(<"$here/exit")"
 }
