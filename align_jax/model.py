@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from align_jax.mesh import spec
@@ -94,6 +95,7 @@ class Layers(nnx.Module):
         y = rms_norm(x, self.attn_norm, eps)
         q, k, v = (self._project(y, name) for name in "qkv")
         mixed, kept = attend(rotate(q), rotate(k), v)
+        mixed = checkpoint_name(mixed, "mixed")
         y = jnp.einsum("RTNH,NHD->RTD", mixed, _cast(self.o, x), out_sharding=spec("rows", None, None))
         x = x + (y + _cast(self.o_bias, x) if hasattr(self, "o_bias") else y)
 
@@ -133,16 +135,15 @@ def abstract(cfg: ModelConfig) -> Params:
 
 
 def hidden(cfg: ModelConfig, params: Params, tokens: Int[Array, "R T"], positions: Int[Array, "R T"],
-           segments: Int[Array, "R T"], *, dtype=jnp.float32, remat: str = "none",
-           ) -> Float[Array, "R T D"]:
-    """Run the packed rows: a token sees earlier tokens of its own segment. Segment 0 is padding."""
+           attend: Callable, *, dtype=jnp.float32, remat: str = "none") -> Float[Array, "R T D"]:
+    """Run packed rows; `attend(q [R T N H], k [R T K H], v) -> [R T N H]` says which token sees which."""
     if remat not in REMAT:
         raise ValueError(f"remat: got {remat!r}, available are {sorted(REMAT)}")
     rotate = rotation(cfg.rope, positions, cfg.H, dtype)
-    mask = segment_mask(segments)
 
     def layer(x, weights):
-        return _layer(cfg, weights)(x, rotate, lambda q, k, v: (attention(q, k, v, mask), None), cfg.norm_eps)
+        x = checkpoint_name(x, "layer_input")
+        return _layer(cfg, weights)(x, rotate, lambda q, k, v: (attend(q, k, v), None), cfg.norm_eps)
 
     layer = layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat])
     x, _ = jax.lax.scan(layer, _embed(params, tokens, dtype), params["layers"])
@@ -177,10 +178,15 @@ def unembed(head: Float[Array, "V D"], x: Float[Array, "*B D"]) -> Float[Array, 
                       out_sharding=spec("rows", *middle, "vocab"))
 
 
-REMAT = {  # what is kept of a layer for the backward pass
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+_policies = jax.checkpoint_policies
+REMAT = {  # what is kept of a layer for the backward pass, beside its input
+    "none": None,  # all of it
+    "dots": _policies.dots_with_no_batch_dims_saveable,  # what the matrix products gave
+    "mixed": _policies.save_only_these_names("mixed"),  # what attention gave, so that it is not run again
+    "full": _policies.nothing_saveable,
+    "offload": _policies.save_and_offload_only_these_names(  # the inputs too wait in the host's memory
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["layer_input", "mixed"],
+        offload_src="device", offload_dst="pinned_host"),
 }
 
 

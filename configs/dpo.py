@@ -29,7 +29,7 @@ def get_config(arg: str = ""):
         },
         "objective": {"name": "dpo", "beta": 0.1},
         "optim": {"lr": 1e-6, "warmup": 0.1, "decay": "cosine", "weight_decay": 0.0, "clip": 1.0},
-        "compute": {"dtype": "bfloat16", "remat": "full", "chunk": 256, "accumulate": 1},
+        "compute": {"dtype": "bfloat16", "remat": "full", "attention": "auto", "chunk": 1024, "accumulate": 1},
         "mesh": {"data": 1, "fsdp": -1, "tensor": 1},  # -1: all the devices that are left
         "ckpt": {"every": 200, "keep": 2, "export": "bfloat16"},
     })
