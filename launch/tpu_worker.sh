@@ -45,7 +45,7 @@ start() {  # apart from this shell, so that a lost connection ends nothing
   source .venv/bin/activate
   export JAX_PLATFORMS="${JAX_PLATFORMS:-tpu}"  # without a TPU an error instead of a slow run
   # shellcheck disable=SC2016
-  setsid nohup bash -c 'trap : TERM; "$@"; echo $? >.worker/exit' start "$@" >"$here/log" 2>&1 </dev/null &
+  setsid nohup bash -c '"$@"; echo $? >.worker/exit' start "$@" >"$here/log" 2>&1 </dev/null &
   echo $! >"$here/pid"
   echo "$HOSTNAME: started"
 }
