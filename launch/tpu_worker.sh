@@ -18,21 +18,29 @@ install() {  # on a Python that align_jax runs on (the image's is 3.10), and wit
   if mountpoint -q runs; then return; fi
   case "$1" in
     gs://*) mount_bucket "${1#gs://}" ;;
-    *) get nfs-common; sudo mount -t nfs "$1" runs; sudo chmod 777 runs ;;  # the top of a new share is root's
+    *) mount_nfs "$1" ;;
   esac
 }
 
-get() { sudo apt-get -qq -o DPkg::Lock::Timeout=600 install "$@"; }  # a new machine is still updating itself
+get() {  # a new machine is still updating itself and holds the lock
+  sudo apt-get -qq -o DPkg::Lock::Timeout=600 update
+  sudo apt-get -qq -o DPkg::Lock::Timeout=600 install "$@"
+}
+
+# Neither way remembers what was not there: hosts read what the first one has just written.
+mount_nfs() {
+  get nfs-common
+  sudo mount -t nfs -o lookupcache=positive,actimeo=1 "$1" runs
+  sudo chmod 777 runs  # the top of a new share is root's
+}
 
 mount_bucket() {
   local key=/usr/share/keyrings/cloud.google.asc url=https://packages.cloud.google.com/apt
   if ! command -v gcsfuse >/dev/null; then
     curl -fsS "$url/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
     echo "deb [signed-by=$key] $url gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list
-    sudo apt-get -qq -o DPkg::Lock::Timeout=600 update
     get gcsfuse
   fi
-  # Nothing about a file is remembered: hosts read what the first one has just written.
   gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 "$1" runs
 }
 

@@ -329,7 +329,8 @@ def test_a_command_that_was_killed_is_not_taken_for_one_that_ended(pod, tmp_path
 @pytest.mark.parametrize("shared, mounted", [
     ("gs://bucket", ["gcsfuse", "--implicit-dirs", "--metadata-cache-ttl-secs=0",
                      "--metadata-cache-negative-ttl-secs=0", "bucket", "runs"]),
-    ("10.0.0.2:/share", ["sudo", "mount", "-t", "nfs", "10.0.0.2:/share", "runs"]),
+    ("10.0.0.2:/share", ["sudo", "mount", "-t", "nfs", "-o", "lookupcache=positive,actimeo=1", "10.0.0.2:/share",
+                         "runs"]),
     ("", None),
 ])
 def test_a_worker_is_installed_and_mounts_the_shared_folder(shared, mounted, pod, tmp_path):
