@@ -95,7 +95,6 @@ class Layers(nnx.Module):
         y = rms_norm(x, self.attn_norm, eps)
         q, k, v = (self._project(y, name) for name in "qkv")
         mixed, kept = attend(rotate(q), rotate(k), v)
-        mixed = checkpoint_name(mixed, "mixed")
         y = jnp.einsum("RTNH,NHD->RTD", mixed, _cast(self.o, x), out_sharding=spec("rows", None, None))
         x = x + (y + _cast(self.o_bias, x) if hasattr(self, "o_bias") else y)
 
