@@ -32,7 +32,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How the numbers are made: dtype of activations, remat policy, tokens that a device has logits of at once, kernel."""
+    """How the numbers are made; `chunk` is of tokens that a device has logits of at once."""
 
     dtype: str = "bfloat16"
     remat: str = "full"
