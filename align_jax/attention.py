@@ -26,7 +26,7 @@ from align_jax.mesh import spec
 SAVED = "mixed"  # the name, for remat policies, of what the backward pass wants kept: the output and [R N T]
 SHORT = 128  # rows up to here are attended at once by "xla": quicker to compile, and small
 BLOCK = 64  # queries, and keys, at a time in longer ones: on short examples a third less work than 128
-LANES = 128  # "splash" takes multiples of it
+TPU_BLOCK, LANES = 512, 128  # the same of "splash": at most, and what it must be a multiple of
 LOW = -1e30  # a logit that nothing sees; finite, so that a block without a visible key stays a number
 
 
@@ -77,20 +77,22 @@ def _cudnn(mask, q, k, v):
 
 
 def _splash_prepare(segments, branches):
-    segments, branches = (_pad(x, LANES) for x in (segments, branches))
-    T = segments.shape[1]
-    block = next(size for size in (512, 256, 128) if T % size == 0)
-    sizes = splash.BlockSizes(**dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq",
-                                               "block_kv_dq"), block))
-    kernel = partial(splash.make_splash_mha, head_shards=1, q_seq_shards=1, block_sizes=sizes,
-                     residual_checkpoint_name=SAVED, interpret=_platform() == "cpu")
-    return jax.vmap(lambda mask: kernel(mask[None]))(visible(segments, branches))
+    block = _splash_block(segments.shape[1])
+    sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    kernel = partial(splash.make_splash_mha, block_sizes=splash.BlockSizes(**dict.fromkeys(sizes, block)),
+                     head_shards=1, q_seq_shards=1, residual_checkpoint_name=SAVED, interpret=_platform() == "cpu")
+    # One mask for all heads of a row.
+    return jax.vmap(lambda mask: kernel(mask[None]))(visible(_pad(segments, block), _pad(branches, block)))
 
 
 def _splash(kernels, q, k, v):
     T, scale = q.shape[1], q.shape[-1]**-0.5
-    q, k, v = (_pad(x, LANES).swapaxes(1, 2) for x in (q * scale, k, v))
+    q, k, v = (_pad(x, _splash_block(T)).swapaxes(1, 2) for x in (q * scale, k, v))
     return jax.vmap(_splash_row)(kernels, q, k, v).swapaxes(1, 2)[:, :T]
+
+
+def _splash_block(T: int) -> int:
+    return min(TPU_BLOCK, T + -T % LANES)
 
 
 def _splash_row(kernel, q, k, v):
@@ -135,22 +137,24 @@ _flash.defvjp(_flash_forward, _flash_backward)
 
 def _forward(row, q, k, v):
     """One row: the output [T N H], and the log of each softmax's sum [blocks K G BLOCK]."""
-    q, k, v = _query_blocks(q, k.shape[1]), _heads_first(k), _heads_first(v)
+    dtype, K = q.dtype, k.shape[1]
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))  # a CPU has no bf16 product with an fp32 result
+    q, k, v = _query_blocks(q, K), _heads_first(k), _heads_first(v)
 
     def of_block(block):
         i, q = block
 
         def add(j, sums):  # one block of keys to the softmax over those before it
             top, total, out = sums
-            logits = jnp.where(_seen(row, i, j), _dot("KGTH,KSH->KGTS", q, _at(k, j)) * q.shape[-1]**-0.5, LOW)
+            logits = jnp.where(_seen(row, i, j), jnp.einsum("KGTH,KSH->KGTS", q, _at(k, j)) * q.shape[-1]**-0.5, LOW)
             new = jnp.maximum(top, logits.max(-1))
             weights, shrunk = jnp.exp(logits - new[..., None]), jnp.exp(top - new)
-            mixed = _dot("KGTS,KSH->KGTH", weights.astype(v.dtype), _at(v, j))
+            mixed = jnp.einsum("KGTS,KSH->KGTH", weights, _at(v, j))
             return new, total * shrunk + weights.sum(-1), out * shrunk[..., None] + mixed
 
-        none = jnp.zeros(q.shape, jnp.float32)
+        none = jnp.zeros_like(q)
         top, total, out = lax.fori_loop(row["first"][i], i + 1, add, (none[..., 0] + LOW, none[..., 0], none))
-        return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
+        return (out / total[..., None]).astype(dtype), top + jnp.log(total)
 
     out, logsumexp = lax.map(of_block, (jnp.arange(len(q)), q))
     return _join(out), logsumexp
@@ -158,8 +162,9 @@ def _forward(row, q, k, v):
 
 def _backward(row, q, k, v, out, logsumexp, d_out):
     """The gradients of one row; time is last in the logits here, which makes four of five products plain ones."""
-    K, scale = k.shape[1], q.shape[-1]**-0.5
-    slope = _query_blocks(d_out.astype(jnp.float32) * out, K).sum(-1)  # what the softmax takes off
+    dtype, K, scale = q.dtype, k.shape[1], q.shape[-1]**-0.5
+    q, k, v, out, d_out = (x.astype(jnp.float32) for x in (q, k, v, out, d_out))
+    slope = _query_blocks(d_out * out, K).sum(-1)  # what the softmax takes off
     q, d_out, k, v = _query_blocks(q, K), _query_blocks(d_out, K), _heads_first(k), _heads_first(v)
 
     def of_block(d_kv, block):
@@ -167,22 +172,21 @@ def _backward(row, q, k, v, out, logsumexp, d_out):
 
         def add(j, sums):
             d_q, d_k, d_v = sums
-            logits = _dot("KSH,KGTH->KSGT", _at(k, j), q) * scale
+            logits = jnp.einsum("KSH,KGTH->KSGT", _at(k, j), q) * scale
             weights = jnp.where(_seen(row, i, j).T[:, None], jnp.exp(logits - logsumexp[:, None]), 0.0)
-            d_weights = _dot("KSH,KGTH->KSGT", _at(v, j), d_out)
-            d_logits = (weights * (d_weights - slope[:, None]) * scale).astype(q.dtype)
-            d_q = d_q + _dot("KHS,KSGT->KHGT", _at(k, j).swapaxes(1, 2), d_logits)
-            d_k = _add_at(d_k, j, _dot("KSGT,KGTH->KSH", d_logits, q))
-            return d_q, d_k, _add_at(d_v, j, _dot("KSGT,KGTH->KSH", weights.astype(q.dtype), d_out))
+            d_weights = jnp.einsum("KSH,KGTH->KSGT", _at(v, j), d_out)
+            d_logits = weights * (d_weights - slope[:, None]) * scale
+            d_q = d_q + jnp.einsum("KHS,KSGT->KHGT", _at(k, j).swapaxes(1, 2), d_logits)
+            d_k = _add_at(d_k, j, jnp.einsum("KSGT,KGTH->KSH", d_logits, q))
+            return d_q, d_k, _add_at(d_v, j, jnp.einsum("KSGT,KGTH->KSH", weights, d_out))
 
-        d_q = jnp.zeros((K, q.shape[-1], *q.shape[1:3]), jnp.float32)
+        d_q = jnp.zeros_like(q, shape=(K, q.shape[-1], *q.shape[1:3]))
         d_q, *d_kv = lax.fori_loop(row["first"][i], i + 1, add, (d_q, *d_kv))
         return d_kv, d_q
 
-    d_kv = [jnp.zeros(k.shape, jnp.float32)] * 2
-    (d_k, d_v), d_q = lax.scan(of_block, d_kv, (jnp.arange(len(q)), q, d_out, logsumexp, slope))
+    (d_k, d_v), d_q = lax.scan(of_block, [jnp.zeros_like(k)] * 2, (jnp.arange(len(q)), q, d_out, logsumexp, slope))
     d_q = _join(einops.rearrange(d_q, "i K H G t -> i K G t H"))
-    return tuple(x.astype(q.dtype) for x in (d_q, _heads_first(d_k), _heads_first(d_v)))
+    return tuple(x.astype(dtype) for x in (d_q, _heads_first(d_k), _heads_first(d_v)))
 
 
 def _seen(row, i, j) -> Bool[Array, "T S"]:
@@ -217,10 +221,6 @@ def _at(x, j):
 
 def _add_at(x, j, y):
     return lax.dynamic_update_slice_in_dim(x, _at(x, j) + y, j * BLOCK, axis=1)
-
-
-def _dot(equation: str, a, b):
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 KERNELS = {"xla": (_xla_prepare, _xla), "splash": (_splash_prepare, _splash), "cudnn": (visible, _cudnn)}
