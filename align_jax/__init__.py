@@ -5,6 +5,7 @@ Read in data order:
     records   what lies on disk between stages       synth/    a model writes tasks, code and tests: preference pairs
     text      prompts and completions to tokens      data      records to packed rows
     model     the Transformer                        hf        Hugging Face weights in and out
+    lora      adapters beside frozen weights
     losses    sft, dpo, ipo, bonbon                  step      log-probs and the sharded train step
     train     the trainer, top to bottom             decode    batched decoding
     engine    decode, or an endpoint                 sample    a file of prompts, answered by an engine
@@ -15,5 +16,5 @@ Read in data order:
 One alphabet of axes, in every einsum and every shape:
     B prompts   C completions (a pair: chosen 0, rejected 1)   R packed rows   P example slots in a row
     T query time   S key time   D model   N query heads   K key-value heads   G = N / K   H head dim
-    F mlp   V vocabulary   L layers
+    F mlp   V vocabulary   L layers   r rank of an adapter
 """
