@@ -111,7 +111,7 @@ class Layers(nnx.Module):
         y = rms_norm(x, self.attn_norm, eps)
         q, k, v = (self._project(y, name) for name in "qkv")
         mixed, kept = attend(rotate(q), rotate(k), v)
-        x = x + self._project(checkpoint_name(mixed, "mixed"), "o")
+        x = x + self._project(mixed, "o")
         y = rms_norm(x, self.mlp_norm, eps)
         y = jax.nn.silu(self._project(y, "gate")) * self._project(y, "up")
         return x + self._project(y, "down"), kept

@@ -32,7 +32,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How the numbers are made: dtype of activations, remat policy, positions a log-prob chunk."""
+    """How the numbers are made; `chunk` is of tokens that a device has logits of at once."""
 
     dtype: str = "bfloat16"
     remat: str = "full"
@@ -45,6 +45,8 @@ class Compute:
             raise ValueError(f"compute.dtype: got {self.dtype!r}, available are 'float32' and 'bfloat16'")
         if self.remat not in model.REMAT:
             raise ValueError(f"compute.remat: got {self.remat!r}, available are {sorted(model.REMAT)}")
+        if self.attention not in ("auto", *attention.KERNELS):
+            raise ValueError(f"compute.attention: got {self.attention!r}, available are {['auto', *attention.KERNELS]}")
         if self.chunk < 1 or self.accumulate < 1:
             raise ValueError(f"compute: got chunk {self.chunk}, accumulate {self.accumulate}, expected 1 or more")
 
