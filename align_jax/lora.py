@@ -17,13 +17,17 @@ from align_jax.model import MATRICES, ModelConfig, Params
 F32 = jnp.float32
 
 
-def add(cfg: ModelConfig, params: Params, *, rank: int, alpha: float, seed: int) -> tuple[ModelConfig, Params]:
-    """Put fresh fp32 adapters beside the weights, whatever the dtype of those; rank 0 adds none."""
-    if not rank:
-        return cfg, params
-    cfg = dataclasses.replace(cfg, r=rank, alpha=alpha)
+def config(cfg: ModelConfig, *, rank: int, alpha: float) -> ModelConfig:
+    """The config of a model with adapters; rank 0: without."""
+    return dataclasses.replace(cfg, r=rank, alpha=alpha) if rank else cfg
+
+
+def add(cfg: ModelConfig, params: Params, *, seed: int) -> Params:
+    """Put the adapters of this config beside the weights: fp32, whatever the dtype of those."""
+    if not cfg.r:
+        return params
     adapters, _ = jax.jit(lambda: split(model.init(cfg, seed)))()
-    return cfg, join(adapters, params)
+    return join(adapters, params)
 
 
 def split(params: Params) -> tuple[Params, Params]:

@@ -75,8 +75,8 @@ def train(c: Mapping, *, params=None) -> Path:
         if goal.completions == 2:
             ref_logps = reference(run / "reference.jsonl", make_scorer(cfg, compute=compute), params, examples,
                                   bound_to | {"compute": c["compute"]}, **shape)
-        adapted, params = lora.add(cfg, params, rank=c["lora"]["rank"], alpha=c["lora"]["alpha"], seed=c["seed"])
-        params, frozen = lora.split(params)
+        adapted = lora.config(cfg, rank=c["lora"]["rank"], alpha=c["lora"]["alpha"])
+        params, frozen = lora.split(lora.add(adapted, params, seed=c["seed"]))
         state = TrainState(jax.device_put(np.int32(0), mesh.sharding()), params, jax.jit(tx.init)(params))
         del params  # the first step donates them
 
@@ -89,8 +89,8 @@ def train(c: Mapping, *, params=None) -> Path:
                 log.say(f"{run}: continuing after step {first}")
             log.say(f"{run}: {c['objective']['name']} on {len(examples)} examples, {steps} steps of {R} rows x "
                     f"{packing.T} tokens ({fill:.0%} filled), dropped {dict(dropped) or 'nothing'}; "
-                    f"{adapted.num_params / 1e6:,.1f}M parameters, {count(state.params) / 1e6:,.1f}M of them trained, "
-                    f"on {jax.device_count()} device(s)")
+                    f"{cfg.num_params / 1e6:,.1f}M parameters on {jax.device_count()} device(s), trained "
+                    f"{sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6:,.1f}M")
 
             # -- loop ----------------------------------------------------------------------------------------
             step = make_step(adapted, goal, tx, compute=compute)
