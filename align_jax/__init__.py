@@ -17,5 +17,5 @@ Read in data order:
 One alphabet of axes, in every einsum and every shape:
     B prompts   C completions (a pair: chosen 0, rejected 1)   R packed rows   P example slots in a row
     T query time   S key time   D model   N query heads   K key-value heads   G = N / K   H head dim
-    F mlp   V vocabulary   L layers
+    F mlp   V vocabulary   L layers   r rank of an adapter
 """

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from align_jax import attention, logprob, losses, mesh, model
+from align_jax import attention, logprob, lora, losses, mesh, model
 from align_jax.model import ModelConfig, Params
 
 Batch = dict  # tokens positions segments branches sources slots [R T], ref_logps weight [R P C]; see data.py
@@ -104,13 +104,19 @@ def completion_logps(cfg: ModelConfig, params: Params, batch: Batch, *, compute:
 
 
 def make_step(cfg: ModelConfig, objective: Objective, tx: optax.GradientTransformation, *,
-              compute: Compute) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-    """Make the jitted step(state, batch) -> (state, metrics); the state is donated."""
+              compute: Compute) -> Callable[..., tuple[TrainState, dict]]:
+    """Make the jitted step(state, batch, frozen) -> (state, metrics).
+
+    The state is donated. `frozen` are the parameters that no gradient is taken of, those that `lora.split` leaves;
+    without it all are trained.
+    """
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: Batch):
-        grads, sums = _accumulate(jax.grad(partial(_sums, cfg, objective, compute), has_aux=True),
-                                  state.params, batch, compute.accumulate)
+    def step(state: TrainState, batch: Batch, frozen: Params | None = None):
+        def sums_of(params, rows):
+            return _sums(cfg, objective, compute, lora.join(params, frozen or {}), rows)
+
+        grads, sums = _accumulate(jax.grad(sums_of, has_aux=True), state.params, batch, compute.accumulate)
         # Σ over Σ: with packing, micro-batches hold different numbers of examples.
         counted = sums["scored"] if objective.per_token else sums["examples"]
         grads = jax.tree.map(lambda g: g / jnp.maximum(counted, 1.0), grads)
@@ -182,5 +188,5 @@ def _accumulate(grad: Callable, params: Params, batch: Batch, num_micro: int):
         return (grads, sums | {"ref_gap": gap}), None
 
     names = jax.eval_shape(grad, params, jax.tree.map(lambda value: value[0], micro))[1]
-    nothing = jax.tree.map(jnp.zeros_like, params), {name: jnp.zeros(()) for name in names}
+    nothing = optax.tree.zeros_like(params, dtype=jnp.float32), {name: jnp.zeros(()) for name in names}
     return jax.lax.scan(add, nothing, micro)[0]

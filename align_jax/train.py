@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from align_jax import checkpoint, data, hf, log, mesh, optim, records, text
+from align_jax import checkpoint, data, hf, log, lora, mesh, optim, records, text
 from align_jax.step import Compute, TrainState, make_scorer, make_step, objective
 
 KINDS = {  # data.kind -> the records in the file, what of them is trained on, and its completions
@@ -27,7 +27,7 @@ KINDS = {  # data.kind -> the records in the file, what of them is trained on, a
     "pairs": (records.Pair, lambda record: record, 2),
     "chosen": (records.Pair, lambda r: records.Example(id=r.id, prompt=r.prompt, completion=r.chosen), 1),
 }
-FREE = ("run", "start", "data.path", "mesh", "ckpt")  # settings that change no number: the content of files is bound
+FREE = ("run", "start", "data.path", "mesh", "ckpt", "optim.offload")  # change no number; files' content is bound
 FOR_ROWS = ("rows_per_batch", "epochs")  # keys of the data section that say how the rows are served
 GAP = {"float32": 1e-3, "bfloat16": 0.1}  # nats by the square root of the tokens: rounding adds up as a random walk
 
@@ -35,7 +35,8 @@ GAP = {"float32": 1e-3, "bfloat16": 0.1}  # nats by the square root of the token
 def train(c: Mapping, *, params=None) -> Path:
     """Run the training that a config of configs/ describes; return the exported checkpoint's folder.
 
-    `params` replaces the weights of `c.start` (a model made on the spot), whose config and tokenizer are used.
+    `params` replaces the weights of `c.start` (a model made on the spot), whose config and tokenizer are used. With
+    `lora.rank` they are frozen, and the policy is they and adapters; the reference is they alone, the same arrays.
     """
     # -- run folder ------------------------------------------------------------------------------------------
     began = time.perf_counter()
@@ -66,7 +67,7 @@ def train(c: Mapping, *, params=None) -> Path:
 
         # -- weights and optimiser ---------------------------------------------------------------------------
         if params is None:
-            _, params = hf.load(c["start"], dtype="float32")
+            _, params = hf.load(c["start"], dtype=c["lora"]["base_dtype"] if c["lora"]["rank"] else "float32")
         tx = optim.adamw(steps=steps, **c["optim"])
         if jax.process_index() == 0:  # behind every check: a run folder with a second file is a run that was begun
             log.write_json(run / "data.json", {"examples": len(examples), "dropped": dict(dropped)})
@@ -74,6 +75,8 @@ def train(c: Mapping, *, params=None) -> Path:
         if goal.completions == 2:
             ref_logps = reference(run / "reference.jsonl", make_scorer(cfg, compute=compute), params, examples,
                                   bound_to | {"compute": c["compute"]}, **shape)
+        adapted = lora.config(cfg, rank=c["lora"]["rank"], alpha=c["lora"]["alpha"])
+        params, frozen = lora.split(lora.add(adapted, params, seed=c["seed"]))
         state = TrainState(jax.device_put(np.int32(0), mesh.sharding()), params, jax.jit(tx.init)(params))
         del params  # the first step donates them
 
@@ -86,14 +89,15 @@ def train(c: Mapping, *, params=None) -> Path:
                 log.say(f"{run}: continuing after step {first}")
             log.say(f"{run}: {c['objective']['name']} on {len(examples)} examples, {steps} steps of {R} rows x "
                     f"{packing.T} tokens ({fill:.0%} filled), dropped {dict(dropped) or 'nothing'}; "
-                    f"{cfg.num_params / 1e6:,.1f}M parameters on {jax.device_count()} device(s)")
+                    f"{cfg.num_params / 1e6:,.1f}M parameters on {jax.device_count()} device(s), trained "
+                    f"{sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6:,.1f}M")
 
             # -- loop ----------------------------------------------------------------------------------------
-            step = make_step(cfg, goal, tx, compute=compute)
+            step = make_step(adapted, goal, tx, compute=compute)
             metrics, rates = log.Metrics(run, first_step=first, steps=steps), optim.rates(steps, c["optim"])
             pending = None
             for number in range(first + 1, steps + 1):
-                state, values = step(state, to_devices(next(batches)))
+                state, values = step(state, to_devices(next(batches)), frozen)
                 if number == first + 1:
                     jax.block_until_ready(values)
                     log.say(f"{run}: first step {time.perf_counter() - began:.0f} s after the start")
@@ -114,7 +118,8 @@ def train(c: Mapping, *, params=None) -> Path:
             raise SystemExit(log.TERMINATED)
 
         # -- export ------------------------------------------------------------------------------------------
-        hf.export(cfg, state.params, exported, like=c["start"], dtype=c["ckpt"]["export"])
+        params = lora.merge(adapted, lora.join(state.params, frozen), dtype=c["ckpt"]["export"])
+        hf.export(cfg, params, exported, like=c["start"], dtype=c["ckpt"]["export"])
     if jax.process_index() == 0:
         shutil.rmtree(run / "examples")
     log.say(f"{run}: wrote {exported} ({c['ckpt']['export']}) after {steps} steps, {metrics.tokens:,.0f} tokens; "
@@ -131,12 +136,14 @@ def check(c: Mapping) -> None:
             make()
         except (TypeError, ValueError) as error:
             wrong.append(str(error))
-    one_of = {"data.kind": (c["data"]["kind"], KINDS), "ckpt.export": (c["ckpt"]["export"], hf.DTYPES.values())}
+    one_of = {"data.kind": (c["data"]["kind"], KINDS), "ckpt.export": (c["ckpt"]["export"], hf.DTYPES.values()),
+              "lora.base_dtype": (c["lora"]["base_dtype"], hf.DTYPES.values())}
     wrong += [f"{key}: got {value!r}, available are {sorted(known)}" for key, (value, known) in one_of.items()
               if value not in known]
     least = {"steps": (c["steps"], 0), "data.row_length": (c["data"]["row_length"], 2),
              "data.rows_per_batch": (c["data"]["rows_per_batch"], 1), "data.epochs": (c["data"]["epochs"], 1),
-             "ckpt.every": (c["ckpt"]["every"], 1), "ckpt.keep": (c["ckpt"]["keep"], 1)}
+             "ckpt.every": (c["ckpt"]["every"], 1), "ckpt.keep": (c["ckpt"]["keep"], 1),
+             "lora.rank": (c["lora"]["rank"], 0)}
     wrong += [f"{key}: got {value}, expected {lowest} or more" for key, (value, lowest) in least.items()
               if value < lowest]
     if wrong:
