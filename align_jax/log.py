@@ -20,6 +20,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 TERMINATED = 128 + signal.SIGTERM  # exit status of a run that SIGTERM ended, all saved
+LOST = ("Gloo", "closed by peer", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "heartbeat")  # in jax's errors
 PLAIN = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"  # a bar in a file
 
 
@@ -46,6 +47,13 @@ def command(main: Callable) -> None:
         except KeyboardInterrupt:
             print("interrupted; the same command continues", file=sys.stderr, flush=True)
             os._exit(130)  # all is closed; taking jax down while it computes ends in a segmentation fault
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1 or not any(sign in str(error) for sign in LOST):
+                raise
+            print(f"error: host {jax.process_index()} of {jax.process_count()} has lost another one: "
+                  f"{str(error).splitlines()[0]}\nstart the same command on every host again: it continues from the "
+                  "newest checkpoint", file=sys.stderr, flush=True)
+            os._exit(1)  # an orderly end would wait for the host that is gone
         except (ValueError, OSError) as error:
             frames = traceback.extract_tb(error.__traceback__)
             if isinstance(error, OSError) or Path(__file__).parent in Path(frames[-1].filename).parents:
@@ -170,14 +178,14 @@ class Metrics:
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
             if kept:
                 self.tokens = json.loads(kept[-1])["num_tokens"]
-        self.first_tokens = self.tokens
+        self.first_tokens, self.is_first = self.tokens, True
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log one step's metrics; `tokens` in values counts the real tokens of that step."""
         self.tokens += values.pop("tokens")
         rate = (self.tokens - self.first_tokens) / (time.perf_counter() - self.start)
-        if self.bar.n == self.bar.initial:  # the rate is that of the steps behind the first, which is compiled
-            self.first_tokens, self.start = self.tokens, time.perf_counter()
+        if self.is_first:  # the rate is that of the steps behind the first, which is compiled
+            self.first_tokens, self.start, self.is_first = self.tokens, time.perf_counter(), False
         values |= {"num_tokens": self.tokens, "tokens_per_second": rate}
         shown = {"loss": values["loss"], "acc": values.get("rewards/accuracies")}
         self.bar.set_postfix_str(" ".join(f"{k} {v:.4f}" for k, v in shown.items() if v is not None)

@@ -79,9 +79,8 @@ def train(c: Mapping, *, params=None) -> Path:
         del params  # the first step donates them
 
         # -- resume ------------------------------------------------------------------------------------------
-        batches = data.iterator(examples, packing, C=goal.completions, host=jax.process_index(),
-                                num_hosts=jax.process_count(), ref_logps=ref_logps)
-        with checkpoint.Checkpoints(run / "checkpoints", keep=c["ckpt"]["keep"]) as ckpts, log.Termination() as ended:
+        with checkpoint.Checkpoints(run / "checkpoints", keep=c["ckpt"]["keep"]) as ckpts, log.Termination() as ended, \
+                contextlib.closing(batches_of(examples, packing, ref_logps)) as batches:
             first, state, place = ckpts.restore(state) or (0, state, None)
             if place:
                 batches.set_state(place)
@@ -201,14 +200,14 @@ def reference(path: Path, score, params, examples: data.Stored, bound_to: Mappin
     mesh.wait_for_hosts("what there is of the reference is read")
     left = [i for i, name in enumerate(examples.ids) if name not in logps]
     packing = data.Packing(examples.lengths, only=left, row_length=row_length, rows_per_batch=rows_per_batch)
-    batches = data.iterator(examples, packing, C=examples.C, host=jax.process_index(), num_hosts=jax.process_count())
     here = rows_per_batch // jax.process_count()
     mine = np.arange(here) + jax.process_index() * here
     out = contextlib.nullcontext()
     if jax.process_index() == 0:
         out = records.Appender(path, [records.Reference(id=name, logps=values) for name, values in logps.items()])
         log.write_json(book, bound_to)
-    with out, log.progress(total=len(examples), what="reference", unit="example", done=len(logps)) as bar:
+    with out, contextlib.closing(batches_of(examples, packing)) as batches, \
+            log.progress(total=len(examples), what="reference", unit="example", done=len(logps)) as bar:
         for rows, batch in zip(packing, batches, strict=True):
             # The rows come back in the mesh's order, which on a TPU need not be that of the hosts.
             found = multihost_utils.process_allgather(
@@ -220,6 +219,12 @@ def reference(path: Path, score, params, examples: data.Stored, bound_to: Mappin
             if jax.process_index() == 0:
                 out.write([records.Reference(id=name, logps=values) for name, values in fresh.items()])
     return logps
+
+
+def batches_of(examples: data.Stored, packing: data.Packing, ref_logps: Mapping | None = None):
+    """This host's part of every batch."""
+    return data.iterator(examples, packing, C=examples.C, ref_logps=ref_logps, host=jax.process_index(),
+                         num_hosts=jax.process_count())
 
 
 def to_devices(batch: dict[str, np.ndarray]) -> dict:
