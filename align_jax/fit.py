@@ -244,7 +244,8 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[float, float, str]:
 def main(c: Mapping, name: str) -> bool:
     """Print what the step of a training's config takes of an accelerator; return whether it fits."""
     jax.config.update("jax_platforms", "cpu")  # what else is here is not needed
-    print(f"{c['start']}, {c['objective']['name']}: compiling the step for {name}", flush=True)
+    compiler = "as many TPU v5p chips, an estimate for " if name.endswith(tuple(GPUS)) else ""
+    print(f"{c['start']}, {c['objective']['name']}: compiling the step for {compiler}{name}", flush=True)
     fit = measure(c, name)
     print(report(fit))
     print(f"fits {name}" if fit.fits else f"does not fit {name}; what may help: {'; '.join(hints(c))}")

@@ -169,7 +169,8 @@ def test_the_clock_is_the_chips(name):
 @needs_libtpu
 def test_a_small_step_is_compiled():
     c = settings(str(ROOT / "tests/golden/tiny"), data={"row_length": 128, "rows_per_batch": 1}, compute={"chunk": 64})
-    found = fit.measure(c, "v5e-1")
+    with jax.default_matmul_precision("default"):  # not the tests' "highest", which no TPU kernel has for bf16
+        found = fit.measure(c, "v5e-1")
     weights = 4 * 37024
     assert found.parts["weights"] == found.parts["gradients"] == weights
     assert found.parts["optimizer state"] == 2 * weights + 8  # two moments, and two counts of the steps
@@ -197,3 +198,20 @@ def test_the_command_names_what_is_available():
     done = subprocess.run([sys.executable, "-m", "align_jax.train", "--config=configs/dpo.py", "--fit=v5"], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: fit: got 'v5', available are v5e-1")
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name, rows", [("v5e-64", 64), ("v5p-8", 32)])
+@pytest.mark.parametrize("start", fit.SHAPES)
+def test_dpo_of_the_studys_models_fits(start, name, rows):
+    """Full fp32 weights and AdamW, rows of 2,048 tokens, on 64 chips of 16 GB and on four of 95."""
+    c = settings(start, data={"rows_per_batch": rows})
+    with jax.default_matmul_precision("default"):
+        found = fit.measure(c, name)
+    [num_params] = {count for full, (_, count) in PAPER.items() if full.startswith(start)}
+    chips = found.mesh["fsdp"]
+    assert (c["data"]["row_length"], chips) == (2048, 64 if name == "v5e-64" else 4)
+    assert num_params / chips <= found.parts["weights"] / 4 < 1.01 * num_params / chips
+    assert found.fits and all(part > 0 for part in found.parts.values())
+    assert found.at_peak < found.seconds < 10 * found.at_peak
