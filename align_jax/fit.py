@@ -106,7 +106,7 @@ def _topology(chip: str, layout: str, **settings) -> list[jax.Device]:
     try:
         return topologies.get_topology_desc(f"{chip}:{layout}", platform="tpu", **settings).devices
     except RuntimeError as error:
-        raise ValueError(f"fit: libtpu, the compiler, does not start: {error}; pip install libtpu") from error
+        raise ValueError(f"fit: libtpu, the compiler, does not start: {error}; the extra tpu installs it") from error
 
 
 # --- the step -----------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def shape(start: str) -> ModelConfig:
 
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[float, float, str]:
-    """Bytes of a device's and of its host's memory, and the module; "" if the compiler refuses it for its size."""
+    """Bytes of a device's and of its host's memory, and the module; "" where the compiler refuses it for its size."""
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -232,10 +232,14 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[float, float, str]:
         if not needed:
             raise
         return float(needed[1]) * 1024 ** " KMGT".index(needed[2]), 0.0, ""
+    try:
+        hlo = compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # of a libtpu newer than this jax is made for
+        hlo = ""
     used = compiled.memory_analysis()
     device = (used.argument_size_in_bytes + used.temp_size_in_bytes + used.generated_code_size_in_bytes
               + used.output_size_in_bytes - used.alias_size_in_bytes)
-    return device, used.host_argument_size_in_bytes + used.host_temp_size_in_bytes, compiled.as_text()
+    return device, used.host_argument_size_in_bytes + used.host_temp_size_in_bytes, hlo
 
 
 # --- in words -----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from align_jax import fit, mesh
 
 ROOT = Path(__file__).parents[1]
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"),
-                                  reason="libtpu, the compiler, is not installed (pip install libtpu)")
+                                  reason="libtpu, the compiler, is not installed (the extra tpu)")
 
 
 def settings(start: str, **sections) -> dict:
