@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from absl import flags
 from jax.experimental import multihost_utils
 
 from align_jax import checkpoint, data, hf, log, lora, mesh, optim, records, text
@@ -54,7 +55,7 @@ def train(c: Mapping, *, params=None) -> Path:
 
     with jax.set_mesh(mesh.make(**c["mesh"])):
         # -- data --------------------------------------------------------------------------------------------
-        check_rows(R, compute.accumulate)
+        mesh.check_rows(R, compute.accumulate)
         tokenizer = text.load(c["start"])
         settings = {k: v for k, v in c["data"].items() if k not in FOR_ROWS}
         bound_to = inputs | {"tokenizer": text.fingerprint(tokenizer), "settings": settings | {"path": ""}}
@@ -148,17 +149,6 @@ def check(c: Mapping) -> None:
               if value < lowest]
     if wrong:
         raise ValueError("config: " + "; ".join(wrong))
-
-
-def check_rows(rows_per_batch: int, accumulate: int) -> None:
-    """Every host feeds row shards of its own, and every micro-batch takes rows from every device."""
-    shards, hosts = mesh.num_row_shards(), jax.process_count()
-    if shards % hosts:
-        raise ValueError(f"mesh: data x fsdp = {shards} does not divide over {hosts} hosts; the tensor axis has to "
-                         "stay within a host")
-    if rows_per_batch < 1 or rows_per_batch % (shards * accumulate):
-        raise ValueError(f"data.rows_per_batch: got {rows_per_batch}, expected a multiple of {shards * accumulate} = "
-                         f"mesh.data x mesh.fsdp ({shards}) x compute.accumulate ({accumulate})")
 
 
 def check_examples(c: Mapping, cfg, goal, examples: data.Stored, dropped: Counter) -> None:
@@ -263,10 +253,17 @@ def record(metrics: log.Metrics, number: int, values: dict, goal, compute: Compu
     metrics.write(number, values)
 
 
-def main(c: Mapping) -> None:
+def main(c: Mapping, accelerator: str | None = None) -> None:
+    if accelerator:
+        from align_jax import fit  # sets libtpu up as a compiler, which must not meet a training on TPUs
+
+        check(c)
+        raise SystemExit(0 if fit.main(c, accelerator) else 1)
     mesh.start_hosts()
     train(c)
 
 
 if __name__ == "__main__":
-    log.command(main)
+    wanted = flags.DEFINE_string("fit", None, "Train nothing: compile the step for an accelerator, e.g. v5e-64, which "
+                                 "need not be here, and say what it takes of it.")
+    log.command(lambda c: main(c, wanted.value))
