@@ -395,7 +395,8 @@ def test_an_objective_with_wrong_settings_says_what_it_takes(name, hyper):
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_training_config_fits_the_functions_that_take_it(name, arg):
     c = get_config(name, arg).to_dict()
-    assert set(c) == {"run", "start", "seed", "steps", "data", "objective", "optim", "compute", "mesh", "ckpt"}
+    assert set(c) == {"run", "start", "seed", "steps", "data", "objective", "optim", "lora", "compute", "mesh",
+                      "ckpt"}
     fits(train.load_data, None, None, {}, **{k: v for k, v in c["data"].items() if k not in train.FOR_ROWS})
     fits(mesh.make, **c["mesh"])
     fits(checkpoint.Checkpoints, "", keep=c["ckpt"]["keep"])

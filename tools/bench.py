@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -151,7 +152,8 @@ def accelerator_dpo() -> dict:
 def _accelerator(goal: str) -> dict:
     cfg = fit.SHAPES[_SHAPE.value]
     return _steps(goal, Compute("bfloat16", remat=_REMAT.value), rows=_ROWS.value, row_length=2048, count=10,
-                  weights=lambda: (cfg, model.init(cfg, 0)))
+                  weights=lambda: (cfg, jax.tree.map(lambda x: x.astype("bfloat16" if _RANK.value else "float32"),
+                                                     model.init(cfg, 0))))
 
 
 def accelerator_decode() -> dict:
@@ -210,10 +212,11 @@ def _trainer(goal: str, compute: Compute, rows: int, row_length: int, cfg, param
     pairs = ((line, select(r)) for line, r in records.stream(Path(_MODEL.value) / "pairs.jsonl", kind))
     examples = list(data.encode_all(pairs, text.load(_MODEL.value), dropped=Counter(), max_length=row_length))
     packing = data.Packing([len(e) for e in examples], row_length=row_length, rows_per_batch=rows, seed=0, epochs=None)
-    tx = optim.adamw(steps=1000, lr=1e-6)
+    cfg, tx = lora.config(cfg, rank=_RANK.value, alpha=16.0), optim.adamw(steps=1000, lr=1e-6)
+    params, frozen = lora.split(lora.add(cfg, params, seed=0))
     step = make_step(cfg, objective(goal, **({"beta": 0.1} if goal == "dpo" else {})), tx, compute=compute)
     state = TrainState(jax.device_put(np.int32(0), mesh.sharding()), params, jax.jit(tx.init)(params))
-    return step, state, data.iterator(examples, packing, C=completions)
+    return partial(step, frozen=frozen), state, data.iterator(examples, packing, C=completions)
 
 
 def _flops(cfg: model.ModelConfig, batch: dict) -> float:
