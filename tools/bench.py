@@ -15,6 +15,7 @@ comparison an environment with torch, trl, flash-attn and liger-kernel. It repor
 attention under the diagonal, counted once, without those of remat, by the chip's dense bf16 peak.
 """
 
+import itertools
 import json
 import os
 import resource
@@ -32,7 +33,7 @@ import numpy as np
 from absl import app, flags
 
 from align_jax import data, decode, fit, hf, hf_config, log, lora, mesh, model, optim, records, text, train
-from align_jax.step import Compute, TrainState, make_step, objective
+from align_jax.step import Compute, TrainState, make_scorer, make_step, objective
 
 _CASES = flags.DEFINE_list("cases", ["dpo", "generate", "spread"], "which of the cases")
 _MODEL = flags.DEFINE_string("model", None, "a checkpoint with pairs.jsonl in it", required=True)
@@ -210,13 +211,21 @@ def _trainer(goal: str, compute: Compute, rows: int, row_length: int, cfg, param
     """A step, its state, and batches of the case's pairs, or of their chosen sides."""
     kind, select, completions = train.KINDS["pairs" if goal == "dpo" else "chosen"]
     pairs = ((line, select(r)) for line, r in records.stream(Path(_MODEL.value) / "pairs.jsonl", kind))
-    examples = list(data.encode_all(pairs, text.load(_MODEL.value), dropped=Counter(), max_length=row_length))
-    packing = data.Packing([len(e) for e in examples], row_length=row_length, rows_per_batch=rows, seed=0, epochs=None)
+    pairs = itertools.islice(pairs, 48)  # what the peers take
+    shape, ref_logps = {"row_length": row_length, "rows_per_batch": rows}, None
+    with tempfile.TemporaryDirectory() as folder:
+        data.store(Path(folder) / "0.arrow", data.encode_all(
+            pairs, text.load(_MODEL.value), dropped=Counter(), max_length=row_length), completions=completions)
+        examples = data.Stored([Path(folder) / "0.arrow"])
+        if completions == 2:
+            score = make_scorer(cfg, compute=compute)
+            ref_logps = train.reference(Path(folder) / "reference.jsonl", score, params, examples, {}, **shape)
+    packing = data.Packing(examples.lengths, seed=0, epochs=None, **shape)
     cfg, tx = lora.config(cfg, rank=_RANK.value, alpha=16.0), optim.adamw(steps=1000, lr=1e-6)
     params, frozen = lora.split(lora.add(cfg, params, seed=0))
     step = make_step(cfg, objective(goal, **({"beta": 0.1} if goal == "dpo" else {})), tx, compute=compute)
     state = TrainState(jax.device_put(np.int32(0), mesh.sharding()), params, jax.jit(tx.init)(params))
-    return partial(step, frozen=frozen), state, data.iterator(examples, packing, C=completions)
+    return partial(step, frozen=frozen), state, train.batches_of(examples, packing, ref_logps)
 
 
 def _flops(cfg: model.ModelConfig, batch: dict) -> float:
