@@ -11,7 +11,6 @@ import itertools
 import os
 import time
 import zlib
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from align_jax.model import ModelConfig, Params
 from align_jax.records import Text
 
 WORTH_SHARING = 64  # tokens; a shorter common start costs every step more than it saves
+PROMPTS_AT_ONCE = 16  # that are run together
+FREE_SHARE = 8  # one slot in so many may stand idle until others are free too: admitting costs about a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +115,9 @@ def sample(sampler: Sampler, prompts: Sequence[tuple[str, Text]], *, n: int = 1,
     _check_settings(n=n, max_tokens=max_tokens, batch_size=batch_size, temperature=temperature, top_p=top_p,
                     **{f"limits[{name!r}]": limit for name, limit in limits.items()})
     asked = sorted(_encode(sampler, prompts, limits, max_tokens), key=lambda p: (-p.limit, len(p.ids)))
-    sampler.work = Work()
+    sampler.work = work = Work()
     settings = {"temperature": temperature, "top_p": top_p, "stop_ids": sampler.stop_ids, "chunk": chunk}
-    return _answers(sampler, asked, n, min(batch_size, n * len(asked)), stops, seed, settings)
+    return _answers(sampler, work, asked, n, min(batch_size, n * len(asked)), stops, seed, settings)
 
 
 def _check_settings(*, temperature: float, top_p: float, **counts: int) -> None:
@@ -130,60 +131,68 @@ def _check_settings(*, temperature: float, top_p: float, **counts: int) -> None:
 @dataclasses.dataclass(frozen=True)
 class _Prompt:
     name: str
-    ids: list[int]
+    ids: list[int]  # without the common start
     limit: int  # tokens of an answer
+    answers: dict[int, Completion] = dataclasses.field(default_factory=dict, init=False)
 
 
 @dataclasses.dataclass
 class _Slot:
-    """The k-th completion of a prompt, in the making; `row` of `prefilled` is where its prompt was run."""
+    """The k-th completion of a prompt, in the making."""
 
     prompt: _Prompt
     k: int
-    prefilled: dict
-    row: int
     ids: list[int] = dataclasses.field(default_factory=list)
     logps: list[float] = dataclasses.field(default_factory=list)
 
-    def take(self, ids: np.ndarray, logps: np.ndarray) -> int:
-        """Append what was written; return the number of tokens."""
-        written = int(np.sum(ids >= 0))
-        self.ids += ids[:written].tolist()
-        self.logps += logps[:written].tolist()
-        return written
+    def take(self, sampler: Sampler, ids: np.ndarray, logps: np.ndarray, stops: Sequence[str]) -> bool:
+        """Append what was written; tell whether that was the end: the limit, EOS, or a stop string."""
+        fresh = int(np.sum(ids >= 0))
+        self.ids += ids[:fresh].tolist()
+        self.logps += logps[:fresh].tolist()
+        if len(self.ids) == self.prompt.limit or self.ids[-1] in sampler.stop_ids:
+            return True
+        tail = self.ids[-fresh - 4 * max(map(len, stops), default=0):]  # a character has up to 4 bytes, each a token
+        return _has_stop(sampler.tokenizer, tail, stops) and _has_stop(sampler.tokenizer, self.ids, stops)
+
+    def columns(self, chunk: int) -> int:
+        """How many columns of the ring it takes after `chunk` more tokens."""
+        return len(self.prompt.ids) + min(len(self.ids) + chunk, self.prompt.limit)
 
 
-def _answers(sampler: Sampler, asked: list[_Prompt], n: int, batch_size: int, stops, seed: int, settings: dict):
-    """Decode until everything is answered: fill what is free, run till enough slots are free again, look who ended."""
+def _answers(sampler: Sampler, work: Work, asked: list[_Prompt], n: int, batch_size: int, stops: Sequence[str],
+             seed: int, settings: dict):
+    """Decode until all is answered: fill the free slots, run until enough are free again, look who has ended."""
     if not asked:
         return
-    cfg, work, began = sampler.cfg, sampler.work, time.perf_counter()
-    M = _up(batch_size, mesh.num_row_shards())
+    began, M = time.perf_counter(), _up(batch_size, mesh.num_row_shards())
     prefix, offset = _common_start(sampler, asked)
-    ring = _up(max(len(p.ids) - offset + p.limit for p in asked), 32)
-    state = slots.empty(cfg, slots=M, ring=ring, dtype=sampler.params["embed"].dtype)
-    waiting = _waiting(sampler, prefix, offset, asked, n, min(-(-M // n), 16))
-    left, column, running, ended = n * len(asked), 0, [None] * M, defaultdict(list)
+    asked = [dataclasses.replace(p, ids=p.ids[offset:]) for p in asked]
+    most = _up(max(len(p.ids) + p.limit for p in asked), 32)
+    state = slots.empty(sampler.cfg, slots=M, ring=_columns(0, most), dtype=sampler.params["embed"].dtype)
+    waiting = _waiting(sampler, prefix, offset, asked, n, min(-(-M // n), PROMPTS_AT_ONCE))
+    left, column, running = n * len(asked), 0, [None] * M
     while left or any(running):
-        state, admitted = _fill(state, running, waiting, column)
-        left -= admitted
-        enough = min(max(M // 8, 1), left) or M
-        state, *written = slots.decode(cfg, sampler.params, prefix, state, _table(running, offset, seed),
+        fresh = _fill(running, waiting)
+        left -= len(fresh)
+        state, column = _fit(state, column, max(slot.columns(settings["chunk"]) for slot in running if slot), most)
+        state = _admit(state, column, fresh)
+        enough = min(max(M // FREE_SHARE, 1), left) or M
+        state, *written = slots.decode(sampler.cfg, sampler.params, prefix, state, _table(running, offset, seed),
                                        np.int32(column), np.int32(enough), **settings)
         ids, logps, steps = _to_host(written)
-        column = (column + int(steps)) % ring
+        column += int(steps)
         work.slot_steps += int(steps) * M
         done = []
         for m, slot in enumerate(running):
-            if slot and _is_over(sampler, slot, slot.take(ids[:, m], logps[:, m]), stops):
+            if slot and slot.take(sampler, ids[:, m], logps[:, m], stops):
                 running[m] = None
-                completion = _finish(sampler, slot.ids, slot.logps, stops)
+                completion = slot.prompt.answers[slot.k] = _finish(sampler, slot.ids, slot.logps, stops)
                 work.tokens += len(completion.ids)
-                ended[slot.prompt.name].append((slot.k, completion))
-                done += [slot.prompt.name] * (len(ended[slot.prompt.name]) == n)
+                done += [slot.prompt] * (len(slot.prompt.answers) == n)
         work.seconds += time.perf_counter() - began
-        for name in done:
-            yield name, [completion for _, completion in sorted(ended.pop(name), key=lambda item: item[0])]
+        for prompt in done:
+            yield prompt.name, [prompt.answers.pop(k) for k in range(n)]
         began = time.perf_counter()
 
 
@@ -194,17 +203,18 @@ def _common_start(sampler: Sampler, asked: list[_Prompt]) -> tuple[list, int]:
     if length < WORTH_SHARING:
         return nothing, 0
     start = _prefill(sampler, nothing, 0, [asked[0].ids[:length]] * mesh.num_row_shards())
-    return slots.shared(start, length), length
+    return slots.shared(start, np.int32(length)), length
 
 
-def _waiting(sampler: Sampler, prefix: list, offset: int, asked: list[_Prompt], n: int, count: int) -> Iterator[_Slot]:
-    """Everything that is wanted, in turn; the prompts are run, `count` at once, when their turn comes."""
+def _waiting(sampler: Sampler, prefix: list, offset: int, asked: list[_Prompt], n: int,
+             count: int) -> Iterator[tuple[_Slot, dict, int]]:
+    """Everything that is wanted, in turn, with the row in which its prompt was run: `count` prompts at once."""
     count = _up(min(count, len(asked)), mesh.num_row_shards())
     for at in range(0, len(asked), count):
         batch = asked[at:at + count]
-        rows = [p.ids[offset:] for p in batch] + [[0]] * (count - len(batch))
+        rows = [p.ids for p in batch] + [[0]] * (count - len(batch))
         prefilled = _prefill(sampler, prefix, offset, rows)
-        yield from (_Slot(prompt, k, prefilled, row) for row, prompt in enumerate(batch) for k in range(n))
+        yield from ((_Slot(prompt, k), prefilled, row) for row, prompt in enumerate(batch) for k in range(n))
 
 
 def _prefill(sampler: Sampler, prefix: list, offset: int, rows: list[list[int]]) -> dict:
@@ -216,35 +226,48 @@ def _prefill(sampler: Sampler, prefix: list, offset: int, rows: list[list[int]])
     return slots.prefill(sampler.cfg, sampler.params, prefix, np.int32(offset), tokens, lengths)
 
 
-def _fill(state: dict, running: list[_Slot | None], waiting: Iterator[_Slot], column: int) -> tuple[dict, int]:
-    """Give the free slots what waits next; return the state and how many were admitted."""
+def _fill(running: list[_Slot | None], waiting: Iterator) -> list[tuple[int, dict, int]]:
+    """Put what waits next into the free slots; return these with where their prompts were run."""
     free = [m for m, slot in enumerate(running) if slot is None]
-    fresh = list(itertools.islice(waiting, len(free)))
-    for _, group in itertools.groupby(zip(free, fresh, strict=False), key=lambda pair: id(pair[1].prefilled)):
-        which = np.full(len(running), -1, np.int32)
-        for m, slot in group:
-            running[m], which[m], prefilled = slot, slot.row, slot.prefilled
+    fresh = []
+    for m, (slot, prefilled, row) in zip(free, itertools.islice(waiting, len(free)), strict=False):
+        running[m] = slot
+        fresh.append((m, prefilled, row))
+    return fresh
+
+
+def _fit(state: dict, column: int, needed: int, most: int) -> tuple[dict, int]:
+    """Let the ring have the columns that are needed, and not many more: all of them are read in every step."""
+    ring, fitting = state["caches"][0][0].shape[3], _columns(needed, most)
+    if needed <= ring < 2 * fitting:
+        return state, column % ring
+    slots.resize(state, np.int32(column), ring=fitting)
+    return state, 0
+
+
+def _columns(needed: int, most: int) -> int:
+    """The size of a ring, one of few: for each there is a compilation."""
+    return min(max(256, 1 << (needed - 1).bit_length()), most)
+
+
+def _admit(state: dict, column: int, fresh: list[tuple[int, dict, int]]) -> dict:
+    """Copy prompts into slots, at once all that were run at once."""
+    for _, group in itertools.groupby(fresh, key=lambda item: id(item[1])):
+        slot, (prefilled, *_), row = zip(*group, strict=True)
+        which = np.full(state["x"].shape[1], -1, np.int32)
+        which[list(slot)] = row
         state = slots.admit(state, prefilled, which, np.int32(column))
-    return state, len(fresh)
+    return state
 
 
 def _table(running: list[_Slot | None], offset: int, seed: int) -> dict:
     """What slots.decode has to know of every slot."""
-    rows = [(zlib.crc32(s.prompt.name.encode()), s.k, len(s.prompt.ids) - offset + len(s.ids), len(s.ids),
-             s.prompt.limit) if s else (0,) * 5 for s in running]
+    rows = [(zlib.crc32(s.prompt.name.encode()), s.k, s.columns(0), len(s.ids), s.prompt.limit) if s else (0,) * 5
+            for s in running]
     names = ("name", "k", "age", "written", "limit")
     table = {name: np.array(column, np.uint32 if name == "name" else np.int32)
              for name, column in zip(names, zip(*rows, strict=True), strict=True)}
     return table | {"offset": np.int32(offset), "seed": np.int32(seed)}
-
-
-def _is_over(sampler: Sampler, slot: _Slot, fresh: int, stops: Sequence[str]) -> bool:
-    """Whether an answer has come to its end: its limit, EOS, or a stop string in its `fresh` last tokens."""
-    if len(slot.ids) == slot.prompt.limit or slot.ids[-1] in sampler.stop_ids:
-        return True
-    tail = fresh + 4 * max(map(len, stops), default=0)  # of bytes, of which a token has one or more
-    return all(any(stop in text.decode(sampler.tokenizer, ids) for stop in stops)
-               for ids in (slot.ids[-tail:], slot.ids)) if stops else False
 
 
 def _finish(sampler: Sampler, ids: list[int], logps: list[float], stops: Sequence[str]) -> Completion:
@@ -265,9 +288,13 @@ def _ids_up_to(tokenizer, ids: list[int], stops: Sequence[str]) -> list[int]:
     low, high = 1, len(ids)
     while low < high:
         middle = (low + high) // 2
-        held = any(stop in text.decode(tokenizer, ids[:middle]) for stop in stops)
-        low, high = (low, middle) if held else (middle + 1, high)
+        low, high = (low, middle) if _has_stop(tokenizer, ids[:middle], stops) else (middle + 1, high)
     return ids[:low]
+
+
+def _has_stop(tokenizer, ids: list[int], stops: Sequence[str]) -> bool:
+    written = text.decode(tokenizer, ids) if stops else ""
+    return any(stop in written for stop in stops)
 
 
 def _encode(sampler, prompts, limits: Mapping[str, int], max_tokens: int) -> list[_Prompt]:

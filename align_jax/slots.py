@@ -25,7 +25,8 @@ def prepare(cfg: ModelConfig, params: Params) -> Params:
     def of_layer(w):
         q, k, v = (jnp.moveaxis(w[name], 0, -1) for name in "qkv")
         made = {"attn_norm": w["attn_norm"], "mlp_norm": w["mlp_norm"], "qkv": _by_head(cfg, q, k, v),
-                "o": jnp.moveaxis(w["o"], -1, 0), "gate_up": jnp.stack([w["gate"].T, w["up"].T]), "down": w["down"].T}
+                "o": jnp.moveaxis(w["o"], -1, 0).reshape(cfg.D, -1, out_sharding=spec("embed", "heads")),
+                "gate_up": jnp.stack([w["gate"].T, w["up"].T]), "down": w["down"].T}
         if cfg.qkv_bias:
             made["qkv_bias"] = _by_head(cfg, *(w[name + "_bias"] for name in "qkv"))
         return made | ({"o_bias": w["o_bias"]} if cfg.o_bias else {})
@@ -62,19 +63,34 @@ def prefill(cfg: ModelConfig, params: Params, prefix: list, offset, tokens, leng
             "caches": jax.tree.map(lambda own: jax.sharding.reshard(own, everywhere), caches)}
 
 
-def shared(prefilled: dict, length: int) -> list:
+@jax.jit
+def shared(prefilled: dict, length) -> list:
     """The part that everyone sees, layer by layer, of a common start of `length` tokens that was prefilled."""
     padded = prefilled["caches"][0][0].shape[3]
     return [((keys[0], values[0], jnp.arange(padded) >= padded - length),) for keys, values in prefilled["caches"]]
 
 
+@partial(jax.jit, static_argnames=("cfg", "slots", "ring", "dtype"))
 def empty(cfg: ModelConfig, *, slots: int, ring: int, dtype) -> dict:
     """M slots before anything was admitted; `ring` columns hold the longest prompt and its answer."""
     split = spec("rows", "heads", None, None)
     keys, values = (jnp.zeros(shape, dtype, out_sharding=split)
                     for shape in ((slots, cfg.K, cfg.H, ring), (slots, cfg.K, ring, cfg.H)))
     return {"x": jnp.zeros((cfg.D, slots), dtype, out_sharding=spec(None, "rows")),
-            "caches": [(keys + 0, values + 0) for _ in range(cfg.L)]}
+            "caches": [(keys, values)] * cfg.L}
+
+
+def resize(state: dict, column, *, ring: int) -> None:
+    """Give the slots a ring of another size, layer by layer; what comes next goes into its column 0."""
+    for layer, (keys, values) in enumerate(state["caches"]):
+        state["caches"][layer] = _resized(keys, column, axis=3, ring=ring), _resized(values, column, axis=2, ring=ring)
+
+
+@partial(jax.jit, static_argnames=("axis", "ring"))
+def _resized(cache, column, *, axis: int, ring: int):
+    cache = jnp.roll(cache, -column, axis)  # the oldest first
+    width = [(0, 0)] * axis + [(max(ring - cache.shape[axis], 0), 0)] + [(0, 0)] * (3 - axis)
+    return jax.lax.slice_in_dim(jnp.pad(cache, width), -ring, None, axis=axis)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -183,7 +199,7 @@ def _layer(cfg: ModelConfig, w: dict, x, rotate, attend) -> tuple:
     qkv = jnp.moveaxis(qkv, (3, 4), (0, 1))
     q = qkv[:, :, :, :G].reshape(*qkv.shape[:2], cfg.N, cfg.H, out_sharding=spec("rows", None, "heads", None))
     mixed, kept = attend(rotate(q), rotate(qkv[:, :, :, G]), qkv[:, :, :, G + 1])
-    y = jnp.einsum("DNH,RTNH->DRT", w["o"], mixed, out_sharding=narrow)
+    y = jnp.einsum("DA,RTA->DRT", w["o"], mixed, out_sharding=narrow)
     x = x + (y + w["o_bias"][:, None, None] if "o_bias" in w else y)
 
     wide = jnp.einsum("CFD,DRT->CFRT", w["gate_up"], _norm(x, w["mlp_norm"], cfg.norm_eps),
@@ -201,7 +217,8 @@ def _norm(x, weight, eps: float):
 def _attention(q, *parts):
     """Attend [R T N H] to parts of what came before: keys [R K H S], values [R K S H], a mask that fits [R K G T S].
 
-    Parts without R are seen by all rows. One softmax in fp32 over all parts, divided by its sum at the end.
+    Parts without R are seen by all rows. One softmax in fp32 over all parts, divided by its sum at the end; the result
+    has its heads in one axis [R T N*H].
     """
     R, T, N, H = q.shape
     K = parts[0][0].shape[-3]
@@ -214,7 +231,7 @@ def _attention(q, *parts):
     mixed = sum(jnp.einsum(f"RKGTS,{'RKSH'[-values.ndim:]}->RKGTH", w.astype(q.dtype), values, **f32)
                 for w, (_, values, _) in zip(weights, parts, strict=True))
     mixed = (mixed / sum(jnp.sum(w, axis=-1) for w in weights)[..., None]).astype(q.dtype)
-    return jnp.moveaxis(mixed, 3, 1).reshape(R, T, N, H, out_sharding=spec("rows", None, "heads", None))
+    return jnp.moveaxis(mixed, 3, 1).reshape(R, T, N * H, out_sharding=spec("rows", None, "heads"))
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
@@ -254,15 +271,16 @@ def _nucleus(mass, top_p: float):
 
     By bisection over the bits of a float, which order as integers do: no sort, and ties stay together.
     """
-    bits = jax.lax.bitcast_convert_type(mass, jnp.int32)
+    as_float = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
     wanted = top_p * jnp.sum(mass, axis=0)
 
     def halve(_, bounds):
         low, high = bounds
         middle = low + (high - low + 1) // 2
-        is_held = jnp.sum(jnp.where(bits >= middle, mass, 0.0), axis=0) >= wanted
+        is_held = jnp.sum(jnp.where(mass >= as_float(middle), mass, 0.0), axis=0) >= wanted
         return jnp.where(is_held, middle, low), jnp.where(is_held, high, middle - 1)
 
+    zero = jnp.zeros_like(wanted, jnp.int32)
     one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32)
-    low, _ = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(bits[0]), jnp.full_like(bits[0], one)))
-    return jnp.where(bits >= low, mass, 0.0)
+    low, _ = jax.lax.fori_loop(0, 30, halve, (zero, zero + one))
+    return jnp.where(mass >= as_float(low), mass, 0.0)

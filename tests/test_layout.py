@@ -10,12 +10,12 @@ ROOT = Path(__file__).parents[1]
 LEVELS = {
     0: {"mesh", "records", "text", "losses", "optim", "checkpoint", "log", "jail", "sandbox"},
     1: {"model", "data"},
-    2: {"hf_config", "hf", "step", "decode", "engine", "sample"},
+    2: {"hf_config", "hf", "step", "slots", "decode", "engine", "sample"},
     3: {"train", "synth", "score"},
     4: {"report"},
     5: {"study"},
 }
-WITHIN = {("text", "records"), ("hf", "hf_config"), ("decode", "hf"), ("engine", "hf"), ("engine", "decode"),
+WITHIN = {("text", "records"), ("hf", "hf_config"), ("decode", "hf"), ("decode", "slots"), ("engine", "hf"), ("engine", "decode"),
           ("sample", "decode"), ("sample", "engine"), ("synth", "score")}  # imports inside a level
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 
