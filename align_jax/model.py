@@ -8,7 +8,7 @@ dtype (fp32 masters in training, bf16 otherwise) and are cast to the dtype of th
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -163,24 +163,15 @@ def hidden(cfg: ModelConfig, params: Params, tokens: Int[Array, "R T"], position
         return _layer(cfg, weights)(x, rotate, lambda q, k, v: (attend(q, k, v), None), cfg.norm_eps)
 
     layer = layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat])
-    x, _ = jax.lax.scan(layer, _embed(params, tokens, dtype), params["layers"])
+    x, _ = jax.lax.scan(layer, embed(params, tokens, dtype), params["layers"])
     return rms_norm(x, params["final_norm"], cfg.norm_eps)
 
 
-def cached(cfg: ModelConfig, params: Params, tokens: Int[Array, "R T"], positions: Int[Array, "R T"],
-           attends: Sequence[Callable], *, dtype=jnp.float32) -> tuple[Float[Array, "R T D"], list]:
-    """Run tokens through layers that keep something each: layer l attends, and keeps, by `attends[l]`.
-
-    `params["layers"]` is a list here. The layers are unrolled and their caches separate arrays, so that a
-    decode loop updates them in place; through `lax.scan` every step would copy every cache whole.
-    """
-    x = _embed(params, tokens, dtype)
-    rotate = rotation(cfg.rope, positions, cfg.H, dtype)
-    kept = []
-    for weights, attend in zip(params["layers"], attends, strict=True):
-        x, cache = _layer(cfg, weights)(x, rotate, attend, cfg.norm_eps)
-        kept.append(cache)
-    return rms_norm(x, params["final_norm"], cfg.norm_eps), kept
+def embed(params: Params, tokens: Int[Array, "R T"], dtype) -> Float[Array, "R T D"]:
+    """Look the tokens up."""
+    # Gather the table over fsdp first: a lookup in a table split over D would reshard the activations.
+    table = jax.sharding.reshard(params["embed"].astype(dtype), spec("vocab", None))
+    return table.at[tokens].get(out_sharding=spec("rows", None, None))
 
 
 def head(params: Params, dtype) -> Float[Array, "V D"]:
@@ -214,12 +205,6 @@ def _layer(cfg: ModelConfig, weights: dict) -> Layers:
 @functools.cache
 def _layer_graph(cfg: ModelConfig) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: Layers(cfg, nnx.Rngs(0))), nnx.Param)[0]
-
-
-def _embed(params, tokens, dtype):
-    # Gather the table over fsdp first: a lookup in a table split over D would reshard the activations.
-    table = jax.sharding.reshard(params["embed"].astype(dtype), spec("vocab", None))
-    return table.at[tokens].get(out_sharding=spec("rows", None, None))
 
 
 def _pure(module: nnx.Module) -> Params:

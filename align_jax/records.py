@@ -102,6 +102,7 @@ class Prompt:
 
     id: str = ""
     prompt: Text
+    max_tokens: int | None = None  # of its answers, where not the run's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,13 @@ LEVELS = {
     0: {"mesh", "records", "text", "losses", "optim", "checkpoint", "log", "jail", "sandbox",
         "attention", "logprob"},
     1: {"model", "lora", "data"},
-    2: {"hf_config", "hf", "step", "fit", "decode", "engine", "sample"},
+    2: {"hf_config", "hf", "step", "fit", "slots", "decode", "engine", "sample"},
     3: {"train", "synth", "score"},
     4: {"report"},
     5: {"study"},
 }
 WITHIN = {("text", "records"), ("attention", "mesh"), ("logprob", "mesh"), ("lora", "model"),
-          ("hf", "hf_config"), ("decode", "hf"), ("engine", "hf"), ("engine", "decode"),
+          ("hf", "hf_config"), ("decode", "hf"), ("decode", "slots"), ("engine", "hf"), ("engine", "decode"),
           ("sample", "decode"), ("sample", "engine"), ("fit", "hf"), ("fit", "step"),
           ("synth", "score")}  # imports inside a level
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
