@@ -222,25 +222,6 @@ def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float) ->
     return y.astype(x.dtype) * _cast(weight, x)
 
 
-def segment_mask(segments: Int[Array, "R T"]) -> Array:
-    """[R 1 1 T S]: query t sees key s of its own segment with s <= t."""
-    T = segments.shape[1]
-    causal = jnp.tril(jnp.ones((T, T), bool))
-    return ((segments[:, :, None] == segments[:, None, :]) & causal)[:, None, None]
-
-
-def attention(q: Float[Array, "R T N H"], k: Float[Array, "R S K H"], v: Float[Array, "R S K H"],
-              mask: Array) -> Float[Array, "R T N H"]:
-    """Masked grouped-query attention; logits and softmax in fp32."""
-    R, T, N, H = q.shape
-    K = k.shape[2]
-    q = q.reshape(R, T, K, N // K, H, out_sharding=spec("rows", None, "heads", None, None))
-    logits = jnp.einsum("RTKGH,RSKH->RKGTS", q, k, preferred_element_type=jnp.float32) * H**-0.5
-    weights = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), axis=-1).astype(q.dtype)
-    mixed = jnp.einsum("RKGTS,RSKH->RTKGH", weights, v)
-    return mixed.reshape(R, T, N, H, out_sharding=spec("rows", None, "heads", None))
-
-
 def rotation(rope: Rope, positions: Int[Array, "R T"], H: int, dtype) -> Callable:
     """Return the function that turns [R T N H] by its positions, halves paired as in transformers."""
     angles = positions[..., None, None].astype(jnp.float32) * _frequencies(rope, H)
