@@ -6,8 +6,8 @@ Needs no TPU, no weights and no data: the public libtpu package is the compiler,
 `start` is a checkpoint's folder, of which config.json is read, or one of SHAPES. Ends with status 0 if it fits, else 1.
 What is printed, and how far it can be trusted:
 
-- Memory of a device is the compiler's, which refuses what does not fit, here as on the TPU. Weights, optimizer state,
-  batch and gradients are told from the rest by shapes and shardings.
+- Memory of a device is the compiler's, which refuses what does not fit, here as on the TPU. Weights, optimizer state and
+  batch are told from the rest by shapes and shardings; gradients cannot be: it keeps most of them in bf16 for a while.
 - FLOPs are from the shapes: 6 a weight and token, attention under the diagonal only, nothing again for remat, as if
   every row were one example and all its tokens were scored.
 - Seconds are the cycles that the compiler expects of its instructions, loops multiplied, at the chip's clock. It knows
@@ -32,7 +32,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from align_jax import data, hf, mesh, model, optim
+from align_jax import data, hf, lora, mesh, model, optim
 from align_jax.model import ModelConfig, Rope
 from align_jax.step import Compute, TrainState, make_step, objective
 
@@ -103,8 +103,10 @@ def accelerator(name: str) -> tuple[Chip, list[jax.Device]]:
 
 def _topology(chip: str, layout: str, **settings) -> list[jax.Device]:
     os.environ.update(ALONE | os.environ)
+    host = [min(int(size), 2) for size in layout.split("x")[:2]] + [1]  # chips of a host, along x, y, z
     try:
-        return topologies.get_topology_desc(f"{chip}:{layout}", platform="tpu", **settings).devices
+        return topologies.get_topology_desc(f"{chip}:{layout}", platform="tpu", chips_per_host_bounds=host,
+                                            **settings).devices
     except RuntimeError as error:
         raise ValueError(f"fit: libtpu, the compiler, does not start: {error}; the extra tpu installs it") from error
 
@@ -113,43 +115,51 @@ def _topology(chip: str, layout: str, **settings) -> list[jax.Device]:
 
 
 def lower(c: Mapping, cfg: ModelConfig) -> tuple[jax.stages.Lowered, dict[str, int]]:
-    """The step of a training's config on the mesh that is set, not compiled, and bytes a device that shapes tell."""
+    """The step of a training's config on the mesh that is set, not compiled, and the bytes that shapes tell."""
     mesh.check_rows(c["data"]["rows_per_batch"], c["compute"]["accumulate"])
     problems = hf.mesh_problems(cfg)
     if problems:
         raise ValueError(hf.several(f"{c['start']}: cannot be split", problems))
     goal, tx = objective(**c["objective"]), optim.adamw(steps=1, **c["optim"])
-    params = _placed(model.abstract(cfg))
-    opt = _placed(jax.eval_shape(tx.init, params))
+    params, frozen = lora.split(_placed(model.abstract(cfg)))
+    frozen = jax.tree.map(lambda leaf: leaf.update(dtype=c["lora"]["base_dtype"]), frozen)
+    opt = _placed(jax.jit(tx.init).lower(params).out_info)
     state = TrainState(jax.ShapeDtypeStruct((), np.int32, sharding=mesh.sharding()), params, opt)
     one = data.row([], T=c["data"]["row_length"], P=64, C=goal.completions)  # P: the most that data.py packs
     batch = {name: jax.ShapeDtypeStruct((c["data"]["rows_per_batch"], *value.shape), value.dtype,
                                         sharding=mesh.sharding("rows", *(None,) * value.ndim))
              for name, value in one.items()}
-    lowered = make_step(cfg, goal, tx, compute=Compute(**c["compute"])).lower(state, batch)
-    return lowered, {"weights": num_bytes(params), "optimizer state": num_bytes(opt), "batch": num_bytes(batch),
-                     "gradients": num_bytes(params)}
+    lowered = make_step(cfg, goal, tx, compute=Compute(**c["compute"])).lower(state, batch, frozen)
+    return lowered, {"weights": num_bytes((params, frozen)), "optimizer state": num_bytes(opt),
+                     "batch": num_bytes(batch)}
 
 
 def _placed(tree):
-    """The same shapes on the mesh that is set: those of `eval_shape` know an abstract one."""
+    """The same shapes on the mesh that is set: some know an abstract one, and scalars none."""
     def place(leaf):
-        spec = leaf.sharding.spec if leaf.sharding else PartitionSpec()
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(jax.sharding.get_mesh(), spec))
+        spec, memory = (leaf.sharding.spec, leaf.sharding.memory_kind) if leaf.sharding else (PartitionSpec(), None)
+        sharding = NamedSharding(jax.sharding.get_mesh(), spec, memory_kind=memory)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return jax.tree.map(place, tree)
 
 
 def num_bytes(tree) -> int:
-    """Bytes that arrays of these shapes and shardings take of every device."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes that arrays of these shapes and shardings take of every device's own memory."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != "pinned_host")
 
 
 def num_flops(cfg: ModelConfig, rows: int, row_length: int) -> tuple[float, float]:
-    """FLOPs of a train step, in its matrices and in attention: forward, and twice that backward."""
-    layer = cfg.D * cfg.H * (2 * cfg.N + 2 * cfg.K) + 3 * cfg.D * cfg.F
-    matrices = 2.0 * rows * row_length * (cfg.L * layer + cfg.V * cfg.D)
-    attention = 2.0 * rows * row_length**2 * cfg.L * cfg.N * cfg.H  # two products of T^2 / 2 pairs
-    return 3 * matrices, 3 * attention
+    """FLOPs of a train step, in its matrices and in attention.
+
+    Forward, as much again backward, and as much again for the gradient of what is trained.
+    """
+    size = {axes: math.prod(getattr(cfg, axis) for axis in axes) for axes in ("D", "F", "NH", "KH")}
+    matrices = cfg.V * cfg.D + cfg.L * sum(size[inner] * size[outer] for inner, outer in model.MATRICES.values())
+    adapters = cfg.L * cfg.r * sum(size[inner] + size[outer] for inner, outer in model.MATRICES.values())
+    each = (2 * matrices + 3 * adapters) if cfg.r else 3 * matrices
+    attention = 3 * row_length * cfg.L * cfg.N * cfg.H  # a token: two products, with T / 2 others on average
+    return 2.0 * rows * row_length * each, 2.0 * rows * row_length * attention
 
 
 def num_cycles(hlo: str, trips: int) -> int:
@@ -198,7 +208,8 @@ class Fit:
 def measure(c: Mapping, name: str) -> Fit:
     """Compile the step of a training's config for the accelerator of this name."""
     chip, devices = accelerator(name)
-    cfg, chunk, accumulate = shape(c["start"]), c["compute"]["chunk"], c["compute"]["accumulate"]
+    cfg = lora.config(shape(c["start"]), rank=c["lora"]["rank"], alpha=c["lora"]["alpha"])
+    chunk, accumulate = c["compute"]["chunk"], c["compute"]["accumulate"]
     rows, T = c["data"]["rows_per_batch"], c["data"]["row_length"]
     made = mesh.make(**c["mesh"], devices=devices)
     with jax.set_mesh(made):
@@ -207,7 +218,7 @@ def measure(c: Mapping, name: str) -> Fit:
         total, host, hlo = _compile(lowered)
         compiling = time.perf_counter() - began
         chunks = math.ceil(rows * T / mesh.num_row_shards() / accumulate / chunk)
-    parts["activations and the rest"] = total - sum(parts.values())
+    parts["gradients, activations, the program"] = total - sum(parts.values())
     flops = num_flops(cfg, rows, T)
     matrices, attention = (each / len(devices) / chip.flops for each in flops)
     seconds = 0.0
@@ -270,14 +281,14 @@ def report(fit: Fit) -> str:
 
 def hints(c: Mapping) -> list[str]:
     """What would make the step of a config smaller, what costs least first."""
-    rows, compute, optimizer, lora = c["data"]["rows_per_batch"], c["compute"], c["optim"], c.get("lora", {})
+    rows, compute = c["data"]["rows_per_batch"], c["compute"]
     tried = [
         ("mesh.fsdp=-1 and a smaller mesh.data", c["mesh"]["fsdp"] != -1),
         ("compute.remat=full", compute["remat"] not in ("full", "offload")),
         ("a larger compute.accumulate", rows > compute["accumulate"]),
         ("compute.remat=offload", compute["remat"] != "offload"),
-        ("optim.offload=True", not optimizer.get("offload", True)),
-        ("lora.rank=16", not lora.get("rank", True)),
+        ("optim.offload=True", not c["optim"]["offload"]),
+        ("lora.rank=16", not c["lora"]["rank"]),
         ("fewer data.rows_per_batch or a shorter data.row_length", True),
         ("a larger slice", True),
     ]
