@@ -1,27 +1,30 @@
-"""Batched decoding: prompts in, n completions each out, the prompt run once for all its completions.
+"""Sampling: prompts in, n completions each out, every prompt run once for all its completions.
 
-The local engine of engine.py; the command that answers a file of prompts is sample.py's.
-
-Keys and values of a prompt [B S K H] are shared by its n sequences; each of the M = B * n sequences has its own
-[M T K H] for what it has written. Decoding goes in jitted chunks of steps; between chunks the host looks for
-stop strings. A completion depends on (seed, prompt id, k) alone, not on what it was batched with.
+The local engine of engine.py; the command that answers a file of prompts is sample.py's, what runs on the device is
+slots.py's. Here is the host's part: whichever slot is free gets the next completion that is wanted, so that short and
+long answers mix, and a prompt's completions are yielded when the last of them ends. A completion depends on (seed,
+prompt id, k) alone, not on what it was decoded with.
 """
 
 import dataclasses
+import itertools
+import os
+import time
 import zlib
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from align_jax import hf, mesh, model, text
-from align_jax.mesh import spec
+from align_jax import hf, log, mesh, slots, text
 from align_jax.model import ModelConfig, Params
 from align_jax.records import Text
+
+WORTH_SHARING = 64  # tokens; a shorter common start costs every step more than it saves
+PROMPTS_AT_ONCE = 16  # that are run together
+FREE_SHARE = 8  # one slot in so many may stand idle until others are free too: admitting costs about a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,21 +37,43 @@ class Completion:
     logps: list[float]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
+class Work:
+    """What a call of `sample` has done: tokens of finished answers, seconds, and steps of all slots, busy or not."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    slot_steps: int = 0
+
+    @property
+    def rate(self) -> float:
+        """New tokens a second."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+    @property
+    def busy(self) -> float:
+        """The share of the slots' steps that wrote a token of an answer."""
+        return self.tokens / max(self.slot_steps, 1)
+
+    def __str__(self):
+        return f"{self.rate:,.0f} new tokens/s, slots {self.busy:.0%} busy"
+
+
+@dataclasses.dataclass(eq=False)
 class Sampler:
-    """A model ready to sample: weights per layer, so that decoding can update its caches in place."""
+    """A model ready to sample, its weights laid out for decoding; `work` is that of the newest call."""
 
     cfg: ModelConfig
     params: Params
     tokenizer: object
     stop_ids: tuple[int, ...]
     batch_size: int = 128
+    work: Work = dataclasses.field(default_factory=Work, init=False)
 
     @classmethod
     def of(cls, cfg: ModelConfig, params: Params, tokenizer, stop_ids: Sequence[int], **settings) -> "Sampler":
-        """Take the weights of a model apart by layer."""
-        by_layer = params | {"layers": _by_layer(params["layers"], cfg.L)}
-        return cls(cfg, by_layer, tokenizer, tuple(stop_ids), **settings)
+        """Lay out the weights of a model."""
+        return cls(cfg, slots.prepare(cfg, params), tokenizer, tuple(stop_ids), **settings)
 
     @classmethod
     def load(cls, folder: str | Path, *, dtype: str, **settings) -> "Sampler":
@@ -58,8 +83,14 @@ class Sampler:
         return cls.of(cfg, params, tokenizer, text.stop_ids(tokenizer, folder), **settings)
 
     def generate(self, prompts: Sequence[tuple[str, Text]], **settings) -> Iterator[tuple[str, list[Completion]]]:
-        """Answer prompts as an engine: `sample` with this batch size."""
-        return sample(self, prompts, **{"batch_size": self.batch_size} | settings)
+        """Answer prompts as an engine: `sample` with this batch size; say at the end how fast that was."""
+        answers = sample(self, prompts, **{"batch_size": self.batch_size} | settings)
+
+        def told():
+            yield from answers
+            log.say(f"sampled {self.work.tokens:,} tokens in {log.minutes(self.work.seconds)}: {self.work}")
+
+        return told()
 
     def too_long(self, prompts: Sequence[tuple[str, Text]], *, max_tokens: int) -> set[str]:
         """The ids of prompts that leave no room for an answer in the positions the model was trained for."""
@@ -68,32 +99,25 @@ class Sampler:
 
 
 def sample(sampler: Sampler, prompts: Sequence[tuple[str, Text]], *, n: int = 1, temperature: float = 1.0,
-           top_p: float = 1.0, max_tokens: int = 256, stops: Sequence[str] = (), seed: int = 0,
-           batch_size: int = 128, chunk: int = 32) -> Iterator[tuple[str, list[Completion]]]:
-    """Yield (id, n completions) for every (id, prompt), batch by batch, in order of prompt length.
+           top_p: float = 1.0, max_tokens: int = 256, limits: Mapping[str, int] | None = None,
+           stops: Sequence[str] = (), seed: int = 0, batch_size: int = 128,
+           chunk: int = 32) -> Iterator[tuple[str, list[Completion]]]:
+    """Yield (id, n completions) for every (id, prompt), as soon as the n have ended; the longest limits go first.
 
-    `temperature` 0 is greedy. `batch_size` is the number of sequences at once. Stop strings are cut off.
+    `temperature` 0 is greedy. `limits` names the prompts with another limit than `max_tokens`. `batch_size` is the
+    number of slots, sequences decoded at once. Stop strings are looked for every `chunk` tokens and cut off.
 
     Raises:
       ValueError, at once: a setting out of its range; a prompt and its answer cannot fit the positions the model
         was trained for.
     """
-    _check_settings(n=n, max_tokens=max_tokens, batch_size=batch_size, temperature=temperature, top_p=top_p)
-    encoded = sorted(_encode(sampler, prompts, max_tokens), key=lambda item: len(item[1]))
-    shards = mesh.num_row_shards()
-    B = -(-max(batch_size // n, 1) // shards) * shards
-    B = min(B, -(-len(encoded) // shards) * shards)
-    B = max(B, 2)  # jax 0.10 cannot fold a key into an axis of one row
-
-    def answers():
-        for at in range(0, len(encoded), B):
-            batch = encoded[at:at + B]
-            ids, logps = _generate(sampler, batch, B, n, temperature, top_p, max_tokens, stops, seed, chunk)
-            for b, (name, _) in enumerate(batch):
-                rows = range(b * n, b * n + n)
-                yield name, [_finish(sampler, ids[row], logps[row], stops) for row in rows]
-
-    return answers()
+    limits = limits or {}
+    _check_settings(n=n, max_tokens=max_tokens, batch_size=batch_size, temperature=temperature, top_p=top_p,
+                    **{f"limits[{name!r}]": limit for name, limit in limits.items()})
+    asked = sorted(_encode(sampler, prompts, limits, max_tokens), key=lambda p: (-p.limit, len(p.ids)))
+    sampler.work = work = Work()
+    settings = {"temperature": temperature, "top_p": top_p, "stop_ids": sampler.stop_ids, "chunk": chunk}
+    return _answers(sampler, work, asked, n, min(batch_size, n * len(asked)), stops, seed, settings)
 
 
 def _check_settings(*, temperature: float, top_p: float, **counts: int) -> None:
@@ -104,130 +128,151 @@ def _check_settings(*, temperature: float, top_p: float, **counts: int) -> None:
         raise ValueError("sampling: " + "; ".join(wrong))
 
 
-def _generate(sampler, batch, B, n, temperature, top_p, max_tokens, stops, seed,
-              chunk) -> tuple[np.ndarray, np.ndarray]:
-    """Run one batch to its end: ids and logps [M T], ids -1 behind the end."""
-    S = -(-max(len(ids) for _, ids in batch) // 64) * 64  # few shapes, few compilations
-    tokens, lengths = np.zeros((B, S), np.int32), np.ones(B, np.int32)
-    for b, (_, ids) in enumerate(batch):
-        tokens[b, :len(ids)], lengths[b] = ids, len(ids)
-    names = np.array([zlib.crc32(name.encode()) for name, _ in batch] + [0] * (B - len(batch)), np.uint32)
-    tokens, lengths, names = (jax.device_put(x, mesh.sharding("rows", *(None,) * (x.ndim - 1)))
-                              for x in (tokens, lengths, names))
-    prompt, state = _start(sampler.cfg, sampler.params, tokens, lengths, n=n, max_tokens=max_tokens)
-    is_padding = np.repeat(np.arange(B) >= len(batch), n)
-    state["done"] = jax.device_put(is_padding, mesh.sharding("rows"))
-    for t in range(0, max_tokens, chunk):
-        state = _steps(sampler.cfg, sampler.params, prompt, lengths, names, state, np.int32(min(t + chunk, max_tokens)),
-                       np.int32(seed), temperature=temperature, top_p=top_p, stop_ids=sampler.stop_ids, n=n)
-        done = _to_host(state["done"])
-        if stops and not done.all():
-            ids = _to_host(state["ids"])
-            done = np.array([d or _has_stop(sampler.tokenizer, row, stops) for d, row in zip(done, ids, strict=True)])
-            state["done"] = jax.device_put(done, mesh.sharding("rows"))
-        if done.all():
-            break
-    return _to_host(state["ids"]), _to_host(state["logps"])
+@dataclasses.dataclass(frozen=True)
+class _Prompt:
+    name: str
+    ids: list[int]  # without the common start
+    limit: int  # tokens of an answer
+    answers: dict[int, Completion] = dataclasses.field(default_factory=dict, init=False)
 
 
-@partial(jax.jit, static_argnames=("cfg", "n", "max_tokens"))
-def _start(cfg, params, tokens, lengths, *, n: int, max_tokens: int):
-    """Run the prompts once: their keys and values by layer, and the state of the M sequences."""
-    B, S = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(S), (B, S), out_sharding=spec("rows", None))
-    segments = (positions < lengths[:, None]).astype(jnp.int32)
-    dtype = params["embed"].dtype
-    mask = model.segment_mask(segments)
-    keep = [lambda q, k, v: (model.attention(q, k, v, mask), (k, v))] * cfg.L
-    x, prompt = model.cached(cfg, params, tokens, positions, keep, dtype=dtype)
-    last = jnp.sum(jnp.where((positions == lengths[:, None] - 1)[..., None], x, 0), axis=1)  # [B D]
+@dataclasses.dataclass
+class _Slot:
+    """The k-th completion of a prompt, in the making."""
 
-    M = B * n
-    own = jnp.zeros((M, max_tokens, cfg.K, cfg.H), dtype, out_sharding=spec("rows", None, "heads", None))
-    rows = spec("rows", None)
-    state = {"x": _repeat(last, n), "t": jnp.int32(0), "caches": [(own, own)] * cfg.L,
-             "ids": jnp.full((M, max_tokens), -1, jnp.int32, out_sharding=rows),
-             "logps": jnp.zeros((M, max_tokens), jnp.float32, out_sharding=rows)}
-    return prompt, state
+    prompt: _Prompt
+    k: int
+    ids: list[int] = dataclasses.field(default_factory=list)
+    logps: list[float] = dataclasses.field(default_factory=list)
 
+    def take(self, sampler: Sampler, ids: np.ndarray, logps: np.ndarray, stops: Sequence[str]) -> bool:
+        """Append what was written; tell whether that was the end: the limit, EOS, or a stop string."""
+        fresh = int(np.sum(ids >= 0))
+        self.ids += ids[:fresh].tolist()
+        self.logps += logps[:fresh].tolist()
+        if len(self.ids) == self.prompt.limit or self.ids[-1] in sampler.stop_ids:
+            return True
+        tail = self.ids[-fresh - 4 * max(map(len, stops), default=0):]  # a character has up to 4 bytes, each a token
+        return _has_stop(sampler.tokenizer, tail, stops) and _has_stop(sampler.tokenizer, self.ids, stops)
 
-@partial(jax.jit, static_argnames=("cfg", "temperature", "top_p", "stop_ids", "n"), donate_argnums=5)
-def _steps(cfg, params, prompt, lengths, names, state, until, seed, *, temperature, top_p, stop_ids, n: int):
-    """Decode until step `until`, or until every sequence is done."""
-    keys = jax.vmap(lambda name: jax.random.fold_in(jax.random.key(seed), name))(names)
-    keys = jax.vmap(lambda key: jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(n)))(keys)
-    keys = keys.reshape(-1, out_sharding=spec("rows"))
-    starts = _repeat(lengths, n)
-    head = model.head(params, state["x"].dtype)
-
-    def body(state):
-        t, done = state["t"], state["done"]
-        logits = jax.sharding.reshard(model.unembed(head, state["x"]), spec("rows", None))
-        uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(keys)
-        token = _choose(logits, uniform, temperature=temperature, top_p=top_p)
-        logp = _pick(jax.nn.log_softmax(logits), token)
-        ids = state["ids"].at[:, t].set(jnp.where(done, -1, token))
-        logps = state["logps"].at[:, t].set(jnp.where(done, 0.0, logp))
-        attends = [partial(_attend, *theirs, lengths, *own, t)
-                   for theirs, own in zip(prompt, state["caches"], strict=True)]
-        x, caches = model.cached(cfg, params, token[:, None], (starts + t)[:, None], attends,
-                                 dtype=state["x"].dtype)
-        done = done | jnp.any(token[:, None] == jnp.array(stop_ids), axis=1)
-        return {"x": x[:, 0], "t": t + 1, "done": done, "caches": caches, "ids": ids, "logps": logps}
-
-    return jax.lax.while_loop(lambda s: (s["t"] < until) & ~jnp.all(s["done"]), body, state)
+    def columns(self, chunk: int) -> int:
+        """How many columns of the ring it takes after `chunk` more tokens."""
+        return len(self.prompt.ids) + min(len(self.ids) + chunk, self.prompt.limit)
 
 
-def _attend(their_k, their_v, lengths, own_k, own_v, t, q, k, v):
-    """Attend to the shared prompt [B S K H] and to the own past [M T K H], k and v of step t included."""
-    own_k, own_v = (jax.lax.dynamic_update_slice_in_dim(own, new, t, axis=1) for own, new in ((own_k, k), (own_v, v)))
-    M, _, N, H = q.shape
-    B, S, K, _ = their_k.shape
-    split = spec("rows", None, "heads", None, None)
-    q = q[:, 0].reshape(B, M // B, K, N // K, H, out_sharding=split)
-    mine_k, mine_v = (own.reshape(B, M // B, *own.shape[1:], out_sharding=spec("rows", None, None, "heads", None))
-                      for own in (own_k, own_v))
-    f32 = {"preferred_element_type": jnp.float32}
-    theirs = jnp.einsum("BnKGH,BSKH->BnKGS", q, their_k, **f32) * H**-0.5  # in float32, as training does
-    mine = jnp.einsum("BnKGH,BnTKH->BnKGT", q, mine_k, **f32) * H**-0.5
-    theirs = jnp.where((jnp.arange(S) < lengths[:, None])[:, None, None, None], theirs, -jnp.inf)
-    mine = jnp.where(jnp.arange(own_k.shape[1]) <= t, mine, -jnp.inf)
-    weights = jax.nn.softmax(jnp.concatenate([theirs, mine], axis=-1), axis=-1).astype(q.dtype)
-    mixed = (jnp.einsum("BnKGS,BSKH->BnKGH", weights[..., :S], their_v)
-             + jnp.einsum("BnKGT,BnTKH->BnKGH", weights[..., S:], mine_v))
-    return mixed.reshape(M, 1, N, H, out_sharding=spec("rows", None, "heads", None)), (own_k, own_v)
+def _answers(sampler: Sampler, work: Work, asked: list[_Prompt], n: int, batch_size: int, stops: Sequence[str],
+             seed: int, settings: dict):
+    """Decode until all is answered: fill the free slots, run until enough are free again, look who has ended."""
+    if not asked:
+        return
+    began, M = time.perf_counter(), _up(batch_size, mesh.num_row_shards())
+    prefix, offset = _common_start(sampler, asked)
+    asked = [dataclasses.replace(p, ids=p.ids[offset:]) for p in asked]
+    most = _up(max(len(p.ids) + p.limit for p in asked), 32)
+    state = slots.empty(sampler.cfg, slots=M, ring=_columns(0, most), dtype=sampler.params["embed"].dtype)
+    waiting = _waiting(sampler, prefix, offset, asked, n, min(-(-M // n), PROMPTS_AT_ONCE))
+    left, column, running = n * len(asked), 0, [None] * M
+    while left or any(running):
+        fresh = _fill(running, waiting)
+        left -= len(fresh)
+        state, column = _fit(state, column, max(slot.columns(settings["chunk"]) for slot in running if slot), most)
+        state = _admit(state, column, fresh)
+        enough = min(max(M // FREE_SHARE, 1), left) or M
+        state, *written = slots.decode(sampler.cfg, sampler.params, prefix, state, _table(running, offset, seed),
+                                       np.int32(column), np.int32(enough), **settings)
+        ids, logps, steps = _to_host(written)
+        column += int(steps)
+        work.slot_steps += int(steps) * M
+        done = []
+        for m, slot in enumerate(running):
+            if slot and slot.take(sampler, ids[:, m], logps[:, m], stops):
+                running[m] = None
+                completion = slot.prompt.answers[slot.k] = _finish(sampler, slot.ids, slot.logps, stops)
+                work.tokens += len(completion.ids)
+                done += [slot.prompt] * (len(slot.prompt.answers) == n)
+        work.seconds += time.perf_counter() - began
+        for prompt in done:
+            yield prompt.name, [prompt.answers.pop(k) for k in range(n)]
+        began = time.perf_counter()
 
 
-def _choose(logits, uniform, *, temperature: float, top_p: float):
-    """Pick a token of each [M V] row by inverting its cumulative distribution at `uniform` in [0, 1)."""
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    probs = jax.nn.softmax(logits / temperature)
-    order = jnp.argsort(-probs, axis=-1) if top_p < 1 else None
-    if order is not None:  # the smallest set of tokens that holds top_p of the mass
-        probs = jnp.take_along_axis(probs, order, axis=-1)
-        probs = jnp.where(jnp.cumsum(probs, axis=-1) - probs < top_p, probs, 0.0)
-    mass = jnp.cumsum(probs, axis=-1)
-    index = jnp.sum(mass <= uniform[:, None] * mass[:, -1:], axis=-1).astype(jnp.int32)
-    index = jnp.minimum(index, logits.shape[-1] - 1)
-    return index if order is None else _pick(order, index)
+def _common_start(sampler: Sampler, asked: list[_Prompt]) -> tuple[list, int]:
+    """What all the prompts begin with, run once for all of them, and its number of tokens; () and 0 if it is short."""
+    length = min(len(os.path.commonprefix([p.ids for p in asked])), min(len(p.ids) for p in asked) - 1)
+    nothing = [()] * sampler.cfg.L
+    if length < WORTH_SHARING:
+        return nothing, 0
+    start = _prefill(sampler, nothing, 0, [asked[0].ids[:length]] * mesh.num_row_shards())
+    return slots.shared(start, np.int32(length)), length
 
 
-def _pick(values, index):
-    return jnp.take_along_axis(values, index[:, None], axis=1)[:, 0]
+def _waiting(sampler: Sampler, prefix: list, offset: int, asked: list[_Prompt], n: int,
+             count: int) -> Iterator[tuple[_Slot, dict, int]]:
+    """Everything that is wanted, in turn, with the row in which its prompt was run: `count` prompts at once."""
+    count = _up(min(count, len(asked)), mesh.num_row_shards())
+    for at in range(0, len(asked), count):
+        batch = asked[at:at + count]
+        rows = [p.ids for p in batch] + [[0]] * (count - len(batch))
+        prefilled = _prefill(sampler, prefix, offset, rows)
+        yield from ((_Slot(prompt, k), prefilled, row) for row, prompt in enumerate(batch) for k in range(n))
 
 
-def _repeat(x, n: int):
-    """[B ...] to [B * n ...], the n copies of a row side by side."""
-    B, *rest = x.shape
-    wide = jnp.broadcast_to(x[:, None], (B, n, *rest), out_sharding=spec("rows", None, *(None,) * len(rest)))
-    return wide.reshape(B * n, *rest, out_sharding=spec("rows", *(None,) * len(rest)))
+def _prefill(sampler: Sampler, prefix: list, offset: int, rows: list[list[int]]) -> dict:
+    lengths = np.array([len(ids) for ids in rows], np.int32)
+    tokens = np.zeros((len(rows), _padded(max(lengths))), np.int32)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[-len(ids):] = ids
+    tokens, lengths = (jax.device_put(x, mesh.sharding("rows", *(None,) * (x.ndim - 1))) for x in (tokens, lengths))
+    return slots.prefill(sampler.cfg, sampler.params, prefix, np.int32(offset), tokens, lengths)
 
 
-def _finish(sampler, ids: np.ndarray, logps: np.ndarray, stops: Sequence[str]) -> Completion:
+def _fill(running: list[_Slot | None], waiting: Iterator) -> list[tuple[int, dict, int]]:
+    """Put what waits next into the free slots; return these with where their prompts were run."""
+    free = [m for m, slot in enumerate(running) if slot is None]
+    fresh = []
+    for m, (slot, prefilled, row) in zip(free, itertools.islice(waiting, len(free)), strict=False):
+        running[m] = slot
+        fresh.append((m, prefilled, row))
+    return fresh
+
+
+def _fit(state: dict, column: int, needed: int, most: int) -> tuple[dict, int]:
+    """Let the ring have the columns that are needed, and not many more: all of them are read in every step."""
+    ring, fitting = state["caches"][0][0].shape[3], _columns(needed, most)
+    if needed <= ring < 2 * fitting:
+        return state, column % ring
+    slots.resize(state, np.int32(column), ring=fitting)
+    return state, 0
+
+
+def _columns(needed: int, most: int) -> int:
+    """The size of a ring, one of few: for each there is a compilation."""
+    return min(max(256, 1 << (needed - 1).bit_length()), most)
+
+
+def _admit(state: dict, column: int, fresh: list[tuple[int, dict, int]]) -> dict:
+    """Copy prompts into slots, at once all that were run at once."""
+    for _, group in itertools.groupby(fresh, key=lambda item: id(item[1])):
+        slot, (prefilled, *_), row = zip(*group, strict=True)
+        which = np.full(state["x"].shape[1], -1, np.int32)
+        which[list(slot)] = row
+        state = slots.admit(state, prefilled, which, np.int32(column))
+    return state
+
+
+def _table(running: list[_Slot | None], offset: int, seed: int) -> dict:
+    """What slots.decode has to know of every slot."""
+    rows = [(zlib.crc32(s.prompt.name.encode()), s.k, s.columns(0), len(s.ids), s.prompt.limit) if s else (0,) * 5
+            for s in running]
+    names = ("name", "k", "age", "written", "limit")
+    table = {name: np.array(column, np.uint32 if name == "name" else np.int32)
+             for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    return table | {"offset": np.int32(offset), "seed": np.int32(seed)}
+
+
+def _finish(sampler: Sampler, ids: list[int], logps: list[float], stops: Sequence[str]) -> Completion:
     """Cut a sequence at its EOS or first stop string."""
-    ids = ids[ids >= 0].tolist()
-    ended = bool(ids) and ids[-1] in sampler.stop_ids
+    ended = ids[-1] in sampler.stop_ids
     written = text.decode(sampler.tokenizer, ids[:-1] if ended else ids)
     was_stopped = any(stop in written for stop in stops)
     if was_stopped:  # as if looked for behind every token, so that `chunk` changes nothing
@@ -235,7 +280,7 @@ def _finish(sampler, ids: np.ndarray, logps: np.ndarray, stops: Sequence[str]) -
         written = text.decode(sampler.tokenizer, ids)
         written = written[:min(at for at in map(written.find, stops) if at >= 0)]
     finish = "stop" if ended or was_stopped else "length"
-    return Completion(written, finish, ids, logps[:len(ids)].tolist())
+    return Completion(written, finish, ids, logps[:len(ids)])
 
 
 def _ids_up_to(tokenizer, ids: list[int], stops: Sequence[str]) -> list[int]:
@@ -243,37 +288,40 @@ def _ids_up_to(tokenizer, ids: list[int], stops: Sequence[str]) -> list[int]:
     low, high = 1, len(ids)
     while low < high:
         middle = (low + high) // 2
-        held = any(stop in text.decode(tokenizer, ids[:middle]) for stop in stops)
-        low, high = (low, middle) if held else (middle + 1, high)
+        low, high = (low, middle) if _has_stop(tokenizer, ids[:middle], stops) else (middle + 1, high)
     return ids[:low]
 
 
-def _has_stop(tokenizer, ids: np.ndarray, stops: Sequence[str]) -> bool:
-    written = text.decode(tokenizer, ids[ids >= 0])
+def _has_stop(tokenizer, ids: list[int], stops: Sequence[str]) -> bool:
+    written = text.decode(tokenizer, ids) if stops else ""
     return any(stop in written for stop in stops)
 
 
-def _encode(sampler, prompts, max_tokens: int) -> list[tuple[str, list[int]]]:
+def _encode(sampler, prompts, limits: Mapping[str, int], max_tokens: int) -> list[_Prompt]:
     """Tokenise the prompts; name all that cannot be answered at once."""
-    encoded, bad, room = [], [], sampler.cfg.max_length - max_tokens
+    encoded, bad, length = [], [], sampler.cfg.max_length
     for name, prompt in prompts:
         try:
-            encoded.append((name, text.encode_prompt(sampler.tokenizer, prompt)))
-            if not 0 < len(encoded[-1][1]) <= room:
-                bad.append(f"{name}: {len(encoded[-1][1])} tokens")
+            encoded.append(_Prompt(name, text.encode_prompt(sampler.tokenizer, prompt), limits.get(name, max_tokens)))
+            if not 0 < len(encoded[-1].ids) <= length - encoded[-1].limit:
+                bad.append(f"{name}: {len(encoded[-1].ids)} tokens")
         except text.Unusable as error:
             bad.append(f"{name}: {error}")
     if bad:
-        raise ValueError(f"{len(bad)} prompt(s) cannot be answered, expected 1 to {room} tokens, for "
-                         f"max_tokens={max_tokens} are kept of the model's {sampler.cfg.max_length} positions: "
-                         f"{'; '.join(bad[:5])}")
+        raise ValueError(f"{len(bad)} prompt(s) cannot be answered, expected 1 to {length - max_tokens} tokens, for "
+                         f"max_tokens={max_tokens} are kept of the model's {length} positions: {'; '.join(bad[:5])}")
     return encoded
 
 
-def _by_layer(stacked: dict, L: int) -> list[dict]:
-    """[L ...] arrays to a list of layers."""
-    return [{name: stack[i] for name, stack in stacked.items()} for i in range(L)]
+def _up(count: int, step: int) -> int:
+    return -(-count // step) * step
 
 
-def _to_host(x) -> np.ndarray:
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+def _padded(length: int) -> int:
+    """The next of 24, 32, 48, 64, 96, 128, ...: few shapes, few compilations."""
+    size = max(32, 1 << int(length - 1).bit_length())
+    return size * 3 // 4 if length <= size * 3 // 4 else size
+
+
+def _to_host(tree):
+    return multihost_utils.process_allgather(tree, tiled=True)

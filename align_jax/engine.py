@@ -52,8 +52,9 @@ class Engine(Protocol):
     """What writes completions: a `Sampler`, or an `engine.Endpoint`."""
 
     def generate(self, prompts: Sequence[tuple[str, Text]], *, n: int, temperature: float, top_p: float,
-                 max_tokens: int, stops: Sequence[str], seed: int) -> Iterator[tuple[str, list[Completion]]]:
-        """Yield (id, n completions) for every (id, prompt), in any order."""
+                 max_tokens: int, limits: Mapping[str, int] | None, stops: Sequence[str],
+                 seed: int) -> Iterator[tuple[str, list[Completion]]]:
+        """Yield (id, n completions) for every (id, prompt), in any order; `limits` where not max_tokens counts."""
 
     def too_long(self, prompts: Sequence[tuple[str, Text]], *, max_tokens: int) -> set[str]:
         """The ids of prompts that leave no room for an answer; empty where only the endpoint knows."""
@@ -151,8 +152,8 @@ class Endpoint:
             raise ValueError("endpoint: " + "; ".join(wrong))
 
     def generate(self, prompts: Sequence[tuple[str, Text]], *, n: int = 1, temperature: float = 1.0,
-                 top_p: float = 1.0, max_tokens: int = 256, stops: Sequence[str] = (),
-                 seed: int = 0) -> Iterator[tuple[str, list[Completion]]]:
+                 top_p: float = 1.0, max_tokens: int = 256, limits: Mapping[str, int] | None = None,
+                 stops: Sequence[str] = (), seed: int = 0) -> Iterator[tuple[str, list[Completion]]]:
         """Yield (id, n completions) for every (id, prompt), in the order in which they are finished.
 
         Raises:
@@ -160,11 +161,13 @@ class Endpoint:
           Unanswered: after everything else: prompts that failed for good, or were not asked any more.
         """
         self._check(prompts)
-        settings = {"temperature": temperature, "max_tokens": max_tokens, "stop": list(stops[:self.max_stops]),
+        limits = limits or {}
+        settings = {"temperature": temperature, "stop": list(stops[:self.max_stops]),
                     "top_p": top_p if top_p < 1 else None}  # some refuse to be told both
-        requests = [self._request(name, prompt, settings, seed) for name, prompt in prompts]
+        requests = [self._request(name, prompt, settings | {"max_tokens": limits.get(name, max_tokens)}, seed)
+                    for name, prompt in prompts]
         done = queue.SimpleQueue()
-        call = _Call(self, requests, n, max_tokens, done.put)
+        call = _Call(self, requests, n, done.put)
         try:
             with anyio.from_thread.start_blocking_portal() as portal:  # leaving it early cancels what is under way
                 asking = portal.start_task_soon(call.run)
@@ -209,6 +212,10 @@ class _Request:
     key: str
     size: int
 
+    def tokens(self, num_choices: int) -> int:
+        """What it may take, as providers count it."""
+        return self.size + num_choices * self.fields["max_tokens"]
+
     def body(self, model: str, ks: Sequence[int], rename: Mapping[str, str]) -> dict:
         """The fields of the request for completions `ks`; a field renamed to "" is left out."""
         seed = int(records.fingerprint(self.seed, self.name, ks[0]), 16) % 2**31
@@ -219,8 +226,8 @@ class _Request:
 class _Call:
     """One `generate`: its jobs, each some completions of one prompt; what they cost; what failed."""
 
-    def __init__(self, endpoint: Endpoint, requests: Sequence[_Request], n: int, max_tokens: int, emit: Callable):
-        self.endpoint, self.requests, self.n, self.max_tokens, self.emit = endpoint, requests, n, max_tokens, emit
+    def __init__(self, endpoint: Endpoint, requests: Sequence[_Request], n: int, emit: Callable):
+        self.endpoint, self.requests, self.n, self.emit = endpoint, requests, n, emit
         self.failures, self.failures_in_a_row, self.is_halted = {}, 0, False
         self.counts, self.again, self.jobs_left, self.spent = Counter(), Counter(), {}, 0.0
         self.is_reached, self.said = False, -math.inf  # by any reply, also one that refuses; when trouble was told of
@@ -228,7 +235,7 @@ class _Call:
     async def run(self) -> None:
         """Ask for everything that the cache does not have."""
         e = self.endpoint
-        largest = max((r.size for r in self.requests), default=1) + min(e.choices, self.n) * self.max_tokens
+        largest = max((r.tokens(min(e.choices, self.n)) for r in self.requests), default=1)
         self.pacers = _pacer(e.requests_per_minute, 1), _pacer(e.tokens_per_minute, largest)
         key = os.environ[e.api_key_env] if e.api_key_env else "none"  # else the client would take OPENAI_API_KEY
         # The client's own retries would not see a bad reply, and not wait for the rate limits.
@@ -308,7 +315,7 @@ class _Call:
 
     async def _try(self, request: _Request, ks: list[int]) -> int:
         """Send one request, keep what was written and what it cost; return how many completions came."""
-        for pacer, amount in zip(self.pacers, (1, request.size + len(ks) * self.max_tokens), strict=True):
+        for pacer, amount in zip(self.pacers, (1, request.tokens(len(ks))), strict=True):
             if pacer:
                 await pacer.acquire(amount)
         body = request.body(self.endpoint.model, ks, self.endpoint.rename)

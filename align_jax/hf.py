@@ -105,7 +105,7 @@ def load(folder: str | Path, *, dtype) -> tuple[ModelConfig, Params]:
     folder = Path(folder)
     cfg = config(folder)
     with contextlib.ExitStack() as opened:
-        problems = _mesh_problems(cfg)
+        problems = mesh_problems(cfg)
         stacked = (folder / "params").is_dir()
         if not stacked:
             readers, unreadable = _open(cfg, folder, opened)
@@ -115,7 +115,8 @@ def load(folder: str | Path, *, dtype) -> tuple[ModelConfig, Params]:
         return cfg, _restore(cfg, folder, dtype) if stacked else _read(cfg, readers, dtype)
 
 
-def _mesh_problems(cfg: ModelConfig) -> list[str]:
+def mesh_problems(cfg: ModelConfig) -> list[str]:
+    """What of a model does not divide over the mesh that is set."""
     shape = jax.sharding.get_mesh().shape
     if not shape:
         return ["no mesh is set; call this within `jax.set_mesh(mesh.make(...))`"]

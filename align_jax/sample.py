@@ -42,6 +42,7 @@ def to_file(path: Path, who: engine.Engine, prompts: Mapping[str, Text], *, n: i
                                     finish=c.finish, logp=sum(c.logps), num_tokens=len(c.ids))
                      for k, c in enumerate(completions)]
             found += fresh
+            bar.set_postfix_str(str(getattr(who, "work", "")), refresh=False)
             bar.update(1)
             if is_writer:
                 out.write(fresh)
@@ -59,13 +60,15 @@ def main(c: Mapping) -> None:
     log.check_set(c)
     kind, start = c["engine"]["kind"], c["start"]
     settings = c["engine"].get(kind, {})
-    prompts = {p.id: p.prompt for p in records.read(c["prompts"], records.Prompt)}
+    asked = records.read(c["prompts"], records.Prompt)
+    prompts, limits = {p.id: p.prompt for p in asked}, {p.id: p.max_tokens for p in asked if p.max_tokens is not None}
     if not prompts:
         raise ValueError(f"{c['prompts']}: no prompts")
     inputs = {"prompts": records.fingerprint(Path(c["prompts"])), "engine": engine.identity(kind, start, **settings)}
     run = log.claim(c["run"], c | {"inputs": inputs}, free=FREE)
     with jax.set_mesh(mesh.make(**c["mesh"])):
-        found = to_file(run / "samples.jsonl", engine.make(kind, start, **settings), prompts, **c["sample"])
+        found = to_file(run / "samples.jsonl", engine.make(kind, start, **settings), prompts, limits=limits,
+                        **c["sample"])
     log.say(f"{run / 'samples.jsonl'}: wrote {len(found)} samples of {len(prompts)} prompts, "
             f"{sum(s.num_tokens for s in found):,} tokens, finished by {dict(Counter(s.finish for s in found))}")
 

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from align_jax import hf, hf_config, mesh, model
+from align_jax import attention, hf, hf_config, mesh, model
 
 SIZES = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=96, vocab_size=256, max_position_embeddings=1024)
@@ -77,8 +77,9 @@ def our_logits(cfg, params) -> np.ndarray:
             for x in (tokens(), positions, np.ones_like(positions))]
 
     @jax.jit
-    def forward(params, *rows):
-        return model.unembed(model.head(params, jnp.float32), model.hidden(cfg, params, *rows))
+    def forward(params, tokens, positions, segments):
+        attend = attention.make(segments, jnp.zeros_like(segments))
+        return model.unembed(model.head(params, jnp.float32), model.hidden(cfg, params, tokens, positions, attend))
 
     with jax.default_matmul_precision("highest"):
         return np.asarray(forward(params, *rows))

@@ -1,5 +1,6 @@
 """Decoding: transformers' greedy tokens, training's log-probs, the right distribution, one prefill a prompt."""
 
+import dataclasses
 import json
 import math
 import re
@@ -17,7 +18,7 @@ import scipy.stats
 import torch
 import transformers
 
-from align_jax import decode, hf, mesh, records, text
+from align_jax import data, decode, hf, mesh, model, records, slots, text
 from align_jax.step import Compute, score_tokens
 
 ROOT = Path(__file__).parents[1]
@@ -103,22 +104,21 @@ def score(answers) -> dict[tuple[str, int], np.ndarray]:
     """Log-probs of the answers by the function that training uses, one answer a row."""
     cfg, params = hf.load(TINY, dtype="float32")
     tokenizer, prompts = text.load(TINY), dict(PROMPTS)
-    rows = {(name, k): (text.encode_prompt(tokenizer, prompts[name]), c.ids)
+    rows = {(name, k): data.row([data.Encoded(name, np.array(text.encode_prompt(tokenizer, prompts[name]), np.int32),
+                                              (np.array(c.ids, np.int32),))], T=128, P=1, C=1)
             for name, completions in answers.items() for k, c in enumerate(completions)}
-    tokens, segments = np.zeros((2, len(rows) + -len(rows) % 8, 128), np.int32)
-    for i, (prompt, ids) in enumerate(rows.values()):
-        tokens[i, :len(prompt) + len(ids)], segments[i, :len(prompt) + len(ids)] = prompt + ids, 1
-    positions = np.broadcast_to(np.arange(128, dtype=np.int32), tokens.shape)
-    batch = [jax.device_put(x, mesh.sharding("rows", None)) for x in (tokens, positions, segments)]
+    filled = [*rows.values(), *[data.row([], T=128, P=1, C=1)] * (-len(rows) % 8)]
+    batch = {name: jax.device_put(np.stack([row[name] for row in filled]),
+                                  mesh.sharding("rows", *(None,) * filled[0][name].ndim)) for name in filled[0]}
     compute = Compute(dtype="float32", remat="none", chunk=128)
-    logps = np.asarray(jax.jit(lambda params: score_tokens(cfg, params, *batch, compute=compute))(params))
-    return {key: logps[i, len(prompt):len(prompt) + len(ids)] for i, (key, (prompt, ids)) in enumerate(rows.items())}
+    logps = np.asarray(jax.jit(lambda params: score_tokens(cfg, params, batch, compute=compute))(params))
+    return {key: logps[i, row["slots"] >= 0] for i, (key, row) in enumerate(rows.items())}
 
 
 # --- what may not change a sample -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{"batch_size": 3}, {"batch_size": 15}, {"chunk": 5}], ids=str)
+@pytest.mark.parametrize("settings", [{"batch_size": 3}, {"batch_size": 13}, {"chunk": 5}], ids=str)
 def test_batch_and_chunk_change_no_sample(settings, expected, one_device):
     assert ids_of(drawn(**settings)) == ids_of(expected)
 
@@ -202,26 +202,105 @@ def test_what_leaves_no_room_is_known_before_it_is_asked(one_device):
     assert len([*who.generate(left, n=1, max_tokens=8)]) == len(left) > 0
 
 
-def test_a_prompt_is_run_once_for_all_its_samples(monkeypatch, one_device):
-    shapes = []
+@pytest.fixture
+def prefills(monkeypatch):
+    """The shapes of prompts that are run, as they are run."""
+    shapes, run = [], slots.prefill
 
-    def start(cfg, params, tokens, *args, **kwargs):
+    def prefill(cfg, params, prefix, offset, tokens, lengths):
         shapes.append(tokens.shape)
-        return run(cfg, params, tokens, *args, **kwargs)
+        return run(cfg, params, prefix, offset, tokens, lengths)
 
-    run = decode._start
-    monkeypatch.setattr(decode, "_start", start)
+    monkeypatch.setattr(slots, "prefill", prefill)
+    return shapes
+
+
+def test_a_prompt_is_run_once_for_all_its_samples(prefills, one_device):
     answers = drawn(n=4, batch_size=16)
-    assert shapes == [(4, 64)] * 3  # 12 prompts, 4 at a time, whatever n is
+    assert [rows for rows, _ in prefills] == [4, 4, 4]  # 12 prompts, 4 at a time, whatever n is
     assert all(len(completions) == 4 for completions in answers.values())
 
 
+SHOT = "# Double it.\ndef double(x):\n    return 2 * x\n\n\n# Halve it.\ndef halve(x):\n    return x / 2\n\n\n"
+
+
+def test_a_common_start_is_run_once_and_changes_nothing(prefills, monkeypatch):
+    prompts = [(name, SHOT + prompt[-60:]) for name, prompt in PROMPTS]
+    settings = {"prompts": prompts, "max_tokens": 24, "batch_size": 12}
+    with on(2, 2, 2):
+        shared = drawn(**settings)
+        assert prefills[0] == (4, 96) and {width for _, width in prefills[1:]} <= {24, 32, 48, 64}
+        monkeypatch.setattr(decode, "WORTH_SHARING", 10**6)
+        alone = drawn(**settings)
+        assert ids_of(shared) == ids_of(alone)
+        for one, other in zip(shared[PROMPTS[0][0]], alone[PROMPTS[0][0]], strict=True):
+            assert one.logps == pytest.approx(other.logps, abs=1e-4)
+
+
+def test_one_prompt_alone_shares_all_but_its_last_token(prefills, one_device):
+    name, prompt = PROMPTS[0]
+    size = len(text.encode_prompt(text.load(TINY), prompt * 3))
+    drawn([(name, prompt * 3)], n=2, max_tokens=4)
+    assert size > 64 and prefills[0][1] >= size - 1 and prefills[1:] == [(1, 24)]
+
+
 def test_a_second_call_compiles_nothing(one_device):
-    who = sampler()
+    """Neither for other prompts, seeds and limits; nor does a slot that is filled again."""
+    who, functions = sampler(), (slots.prefill, slots.admit, slots.decode)
     drawn(who=who, seed=1)
-    before = decode._start._cache_size(), decode._steps._cache_size()
-    drawn(who=who, seed=2)
-    assert (decode._start._cache_size(), decode._steps._cache_size()) == before
+    before = [function._cache_size() for function in functions]
+    drawn(PROMPTS[::-1], who=who, seed=2, limits=SPREAD | {PROMPTS[10][0]: 64})  # the longest stays the longest
+    assert [function._cache_size() for function in functions] == before
+
+
+# --- slots ----------------------------------------------------------------------------------------
+
+SPREAD = {name: 3 + 7 * (5 * i % 12) % 61 for i, (name, _) in enumerate(PROMPTS)}
+
+
+@pytest.mark.parametrize("batch_size, chunk", [(5, 32), (16, 3)])
+def test_limits_of_their_own_cut_the_same_samples(batch_size, chunk, expected, one_device):
+    """Slots are filled again and again, at other columns of the ring, beside others that go on."""
+    got = drawn(limits=SPREAD, batch_size=batch_size, chunk=chunk)
+    assert len(set(SPREAD.values())) > 8 and max(SPREAD.values()) <= 64
+    for name, completions in got.items():
+        for mine, whole in zip(completions, expected[name], strict=True):
+            assert mine.ids == whole.ids[:SPREAD[name]]
+            assert mine.finish == ("stop" if mine.ids[-1] == 2 else "length")
+
+
+def test_a_ring_that_grows_and_shrinks_changes_no_sample(monkeypatch, expected, one_device):
+    resized = []
+    monkeypatch.setattr(decode, "_columns", lambda needed, most: min(max(64, 1 << (needed - 1).bit_length()), most))
+    resize = slots.resize
+    monkeypatch.setattr(slots, "resize", lambda *args, ring: (resized.append(ring), resize(*args, ring=ring)))
+    assert ids_of(drawn(limits=SPREAD | {PROMPTS[0][0]: 64}, batch_size=4, chunk=8)) == {
+        name: [ids[:64 if name == PROMPTS[0][0] else SPREAD[name]] for ids in rows]
+        for name, rows in ids_of(expected).items()}
+    steps = np.sign(np.diff(resized))
+    assert 1 in steps and -1 in steps
+
+
+def test_slots_stay_busy_while_long_and_short_answers_mix(one_device):
+    who = dataclasses.replace(sampler(), stop_ids=(-1,))  # nothing ends but by its limit
+    limits = {name: 4 + 11 * i for i, (name, _) in enumerate(PROMPTS)}
+    answers = drawn(who=who, n=8, limits=limits, batch_size=16)
+    assert all(len(c.ids) == limits[name] for name, completions in answers.items() for c in completions)
+    assert who.work.tokens == 8 * sum(limits.values()) and who.work.seconds > 0
+    assert who.work.busy == who.work.tokens / who.work.slot_steps > 0.85
+
+
+def test_the_caches_are_updated_in_place(one_device):
+    """No step may copy a cache: what the compiler sets aside is less than one layer's."""
+    cfg = model.ModelConfig(L=2, D=32, N=4, K=2, H=16, F=48, V=64)
+    params = slots.prepare(cfg, model.init(cfg, 0))
+    state = slots.empty(cfg, slots=8, ring=2048, dtype="float32")
+    table = decode._table([None] * 8, 0, 0)
+    compiled = slots.decode.lower(cfg, params, [()] * 2, state, table, 0, 8, temperature=1.0, top_p=1.0,
+                                  stop_ids=(2,), chunk=4).compile().memory_analysis()
+    caches = sum(x.nbytes for x in jax.tree.leaves(state["caches"]))
+    assert compiled.alias_size_in_bytes >= caches
+    assert compiled.temp_size_in_bytes < caches / 2
 
 
 # --- the distribution -----------------------------------------------------------------------------
@@ -247,17 +326,29 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.3, 0.9), (1.0, 0.5), (1.0, 1e-6)])
 def test_tokens_are_drawn_with_their_probabilities(temperature, top_p, one_device):
     draws, logits = 50_000, np.random.default_rng(0).normal(size=40)
-    uniform = jax.random.uniform(jax.random.key(0), (draws,))
-    got = decode._choose(jnp.tile(logits.astype(np.float32), (draws, 1)), uniform, temperature=temperature, top_p=top_p)
+    uniform = jax.random.uniform(jax.random.key(0), (2, draws))
+    tiled = jnp.tile(logits.astype(np.float32)[:, None], draws)
+    got, logps = slots._choose(tiled, uniform, temperature=temperature, top_p=top_p)
     counts = np.bincount(np.asarray(got), minlength=40)
     assert chi_square(counts, draws * nucleus(scipy.special.softmax(logits / temperature), top_p)) > 1e-3
+    np.testing.assert_allclose(logps, scipy.special.log_softmax(logits)[got], atol=1e-5)
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_the_ends_of_the_unit_interval_give_possible_tokens(top_p):
-    logits = jnp.array([[-1e9, 3.0, -1e9, 2.0, -1e9]] * 2)
-    uniform = jnp.array([0.0, 1.0 - 2.0**-24])
-    assert sorted(decode._choose(logits, uniform, temperature=1.0, top_p=top_p).tolist()) == [1, 3]
+@pytest.mark.parametrize("V", [5, 6, 36])  # blocks of 1, 2 and 6 tokens
+def test_the_ends_of_the_unit_interval_give_possible_tokens(top_p, V):
+    logits = jnp.full((V, 2), -1e9).at[jnp.array([1, 3])].set(jnp.array([[3.0], [2.0]]))
+    ends = jnp.array([[0.0, 1.0 - 2.0**-24]] * 2)
+    token, _ = slots._choose(logits, ends, temperature=1.0, top_p=top_p)
+    assert sorted(token.tolist()) == [1, 3]
+
+
+@pytest.mark.parametrize("top_p", [0.999, 0.95, 0.5, 1e-6])
+def test_the_nucleus_is_the_smallest_set(top_p):
+    probs = scipy.special.softmax(np.random.default_rng(1).normal(scale=4, size=(1000, 20)), axis=0)
+    kept = np.asarray(slots._nucleus(jnp.array(probs / probs.max(0), jnp.float32), top_p)) > 0
+    for column, mine in zip(probs.T, kept.T, strict=True):
+        assert (mine == (nucleus(column, top_p) > 0)).all()
 
 
 def test_first_tokens_follow_the_model(one_device):
