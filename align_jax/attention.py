@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Int
 
 from align_jax.mesh import spec
 
-SAVED = "attention"  # the name, for remat policies, of what the backward pass wants kept: the output and [R N T]
+SAVED = "mixed"  # the name, for remat policies, of what the backward pass wants kept: the output and [R N T]
 SHORT = 128  # rows up to here are attended at once by "xla": quicker to compile, and small
 BLOCK = 64  # queries, and keys, at a time in longer ones: on short examples a third less work than 128
 TPU_BLOCK, LANES = 512, 128  # the same of "splash": at most, and what it must be a multiple of
@@ -33,14 +33,14 @@ LOW = -1e30  # a logit that nothing sees; finite, so that a block without a visi
 def make(segments: Int[Array, "R T"], branches: Int[Array, "R T"], impl: str = "auto") -> Callable:
     """Return attend(q [R T N H], k [R T K H], v [R T K H]) -> [R T N H] for these rows, made once for all layers.
 
-    Logits and softmax are fp32. `impl` is a name of IMPLS or "auto", which goes by the platform of the mesh.
+    Logits and softmax are fp32. `impl` is a name of KERNELS or "auto", which goes by the platform of the mesh.
     Any T is taken. On a GPU, what cuDNN does not have (fp32, H above 128 or not a multiple of 8, odd T) is computed
     without it, with logits in memory.
     """
     impl = BY_PLATFORM[_platform()] if impl == "auto" else impl
-    if impl not in IMPLS:
-        raise ValueError(f"attention: got {impl!r}, available are 'auto', {', '.join(map(repr, IMPLS))}")
-    prepare, attend = IMPLS[impl]
+    if impl not in KERNELS:
+        raise ValueError(f"attention: got {impl!r}, available are 'auto', {', '.join(map(repr, KERNELS))}")
+    prepare, attend = KERNELS[impl]
     rows, heads = spec("rows"), spec("rows", None, "heads", None)
     segments, branches = (jax.sharding.reshard(x, spec("rows", None)) for x in (segments, branches))
     prepared = jax.shard_map(prepare, in_specs=(rows, rows), out_specs=rows, check_vma=False)(segments, branches)
@@ -224,5 +224,5 @@ def _add_at(x, j, y):
     return lax.dynamic_update_slice_in_dim(x, _at(x, j) + y, j * BLOCK, axis=1)
 
 
-IMPLS = {"xla": (_xla_prepare, _xla), "splash": (_splash_prepare, _splash), "cudnn": (visible, _cudnn)}
+KERNELS = {"xla": (_xla_prepare, _xla), "splash": (_splash_prepare, _splash), "cudnn": (visible, _cudnn)}
 BY_PLATFORM = {"cpu": "xla", "gpu": "cudnn", "tpu": "splash"}
