@@ -6,7 +6,7 @@
 `n` is how many answers a prompt had when best and worst were picked; it alone sets beta. n = 8 and alpha = 0.005
 are the paper's (arXiv:2406.00832; its released beta of 0.0275482094 is that of n = 8). Expect loss/ipo of
 ((n - 1) H_{n-1})^2 = 329.4 at step 1, and a gradient far above the clip: Adam takes the scale out.
-`objective.name=bonbon_released` trains what the released code trains.
+`objective.name=bonbon_released` trains what the released code trains. Memory, and LoRA, as in configs/dpo.py.
 `configs/bonbon.py:smoke` takes a minute on a CPU.
 """
 
