@@ -6,8 +6,8 @@ Needs no TPU, no weights and no data: the public libtpu package is the compiler,
 `start` is a checkpoint's folder, of which config.json is read, or one of SHAPES. Ends with status 0 if it fits, else 1.
 What is printed, and how far it can be trusted:
 
-- Memory of a device is the compiler's, which refuses what does not fit, here as on the TPU. Weights, optimizer state and
-  batch are told from the rest by shapes and shardings; gradients cannot be: it keeps most of them in bf16 for a while.
+- Memory of a device is the compiler's, which refuses what does not fit, here as on the TPU. Weights, optimizer state
+  and batch are told from the rest by shapes and shardings; gradients cannot be: most are kept in bf16 for a while.
 - FLOPs are from the shapes: 6 a weight and token, attention under the diagonal only, nothing again for remat, as if
   every row were one example and all its tokens were scored.
 - Seconds are the cycles that the compiler expects of its instructions, loops multiplied, at the chip's clock. It knows
