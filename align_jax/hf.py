@@ -4,7 +4,7 @@
     python -m align_jax.hf export SRC DST    # either of the two -> safetensors for transformers
 
 A field of config.json that is not known here is refused, never ignored. Weights stream: beside the
-arrays on the devices the host holds one tensor (export: one file) at a time, whatever the model.
+arrays on the devices the host holds one tensor (export: two) at a time, whatever the model.
 """
 
 import argparse
@@ -13,9 +13,12 @@ import dataclasses
 import functools
 import json
 import math
+import mmap
+import os
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +27,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
@@ -72,14 +74,18 @@ class Tensor(NamedTuple):
 
 
 def tensors(cfg: ModelConfig) -> list[Tensor]:
-    """Expand TABLE for this config, layer by layer, so that files are read about in order."""
+    """Expand TABLE for this config, layer by layer, so that files are read about in order.
+
+    The embedding is the first and the head the last: the largest two are never on their way at once.
+    """
     absent = {"head": cfg.tied, "layers/o_bias": not cfg.o_bias,
               **{f"layers/{name}_bias": not cfg.qkv_bias for name in "qkv"}}
     rows = [row for row in TABLE if not absent.get(row[1])]
     stacked = [row for row in rows if "{}" in row[0]]
-    once = [Tensor(name, path, None, pattern) for name, path, pattern in rows if "{}" not in name]
-    return once + [Tensor(name.format(layer), path, layer, pattern)
-                   for layer in range(cfg.L) for name, path, pattern in stacked]
+    first, *last = (Tensor(name, path, None, pattern) for name, path, pattern in rows if "{}" not in name)
+    layers = [Tensor(name.format(layer), path, layer, pattern)
+              for layer in range(cfg.L) for name, path, pattern in stacked]
+    return [first, *layers, *last]
 
 
 def hf_shape(cfg: ModelConfig, pattern: str) -> tuple[int, ...]:
@@ -89,7 +95,7 @@ def hf_shape(cfg: ModelConfig, pattern: str) -> tuple[int, ...]:
                  for axis in axes)
 
 
-def _rearrange(cfg: ModelConfig, array: np.ndarray, pattern: str) -> np.ndarray:
+def _rearrange(cfg: ModelConfig, array, pattern: str):
     sizes = {axis: getattr(cfg, axis) for axis in re.findall(r"\w", pattern)}
     return einops.rearrange(array, pattern, **sizes)
 
@@ -104,15 +110,13 @@ def load(folder: str | Path, *, dtype) -> tuple[ModelConfig, Params]:
     """
     folder = Path(folder)
     cfg = config(folder)
-    with contextlib.ExitStack() as opened:
-        problems = _mesh_problems(cfg)
-        stacked = (folder / "params").is_dir()
-        if not stacked:
-            readers, unreadable = _open(cfg, folder, opened)
-            problems += unreadable + _tensor_problems(cfg, readers)
-        if problems:
-            raise ValueError(several(f"{folder}: cannot be loaded", problems))
-        return cfg, _restore(cfg, folder, dtype) if stacked else _read(cfg, readers, dtype)
+    problems, stacked = _mesh_problems(cfg), (folder / "params").is_dir()
+    if not stacked:
+        stored, unreadable = _open(cfg, folder)
+        problems += unreadable + _tensor_problems(cfg, stored)
+    if problems:
+        raise ValueError(several(f"{folder}: cannot be loaded", problems))
+    return cfg, _restore(cfg, folder, dtype) if stacked else _read(cfg, stored, dtype)
 
 
 def _mesh_problems(cfg: ModelConfig) -> list[str]:
@@ -130,67 +134,85 @@ def _mesh_problems(cfg: ModelConfig) -> list[str]:
     return problems
 
 
-def _open(cfg: ModelConfig, folder: Path, opened: contextlib.ExitStack) -> tuple[dict, list[str]]:
-    """Open the files: tensor name -> its reader, None if the file that should hold it is bad."""
+class Stored(NamedTuple):
+    """A tensor in a file that is mapped: what is touched gets read, and is page cache, not memory of this process."""
+
+    dtype: str  # as safetensors spells it
+    shape: tuple[int, ...]
+    bytes: np.ndarray
+
+
+def _open(cfg: ModelConfig, folder: Path) -> tuple[dict[str, Stored | None], list[str]]:
+    """Map the files: tensor name -> where it is, None if the file that should hold it is bad."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map", {})
     else:
         weight_map = {tensor.name: "model.safetensors" for tensor in tensors(cfg)}
-    readers, problems = {}, []
+    stored, problems = {}, []
     for file in sorted(set(weight_map.values())):
         lost = {name: None for name, where in weight_map.items() if where == file}
         try:
-            reader = opened.enter_context(safetensors.safe_open(folder / file, framework="np"))
+            found = _map(folder / file)
         except FileNotFoundError:
-            readers |= lost
+            stored |= lost
             problems.append(f"{file}: not there; the folder has "
                             f"{', '.join(sorted(path.name for path in folder.iterdir()))}")
         except safetensors.SafetensorError as error:
-            readers |= lost
+            stored |= lost
             problems.append(f"{file}: truncated or damaged ({error})")
         else:
-            twice = readers.keys() & set(reader.keys())
+            twice = stored.keys() & found.keys()
             problems += [f"{name}: also in {file}" for name in sorted(twice)]
-            readers |= dict.fromkeys(reader.keys(), reader)
-    return readers, problems
+            stored |= found
+    return stored, problems
 
 
-def _tensor_problems(cfg: ModelConfig, readers: dict) -> list[str]:
+def _map(path: Path) -> dict[str, Stored]:
+    safetensors.safe_open(path, framework="np")  # raises if the file is not whole
+    with open(path, "rb") as file:
+        begin = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(begin - 8))
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    pages.madvise(mmap.MADV_SEQUENTIAL)  # the disk reads ahead while the processor rearranges
+    data = np.frombuffer(pages, np.uint8, offset=begin)
+    return {name: Stored(said["dtype"], tuple(said["shape"]), data[slice(*said["data_offsets"])])
+            for name, said in header.items() if name != "__metadata__"}
+
+
+def _tensor_problems(cfg: ModelConfig, stored: dict[str, Stored | None]) -> list[str]:
     expected = {tensor.name: hf_shape(cfg, tensor.pattern) for tensor in tensors(cfg)}
     problems = [f"{name}: missing, expected shape {shape}"
-                for name, shape in expected.items() if name not in readers]
-    for name, reader in readers.items():
-        if reader is None:
+                for name, shape in expected.items() if name not in stored]
+    for name, found in stored.items():
+        if found is None:
             continue
-        view = reader.get_slice(name)
         if name not in expected:
-            problems += _extra(name, readers)
-        elif tuple(view.get_shape()) != expected[name]:
-            problems.append(f"{name}: got shape {tuple(view.get_shape())}, "
-                            f"expected {expected[name]}")
-        elif view.get_dtype() not in DTYPES:
-            problems.append(f"{name}: got {view.get_dtype()}, implemented: {', '.join(DTYPES)}")
+            problems += _extra(name, stored)
+        elif found.shape != expected[name]:
+            problems.append(f"{name}: got shape {found.shape}, expected {expected[name]}")
+        elif found.dtype not in DTYPES:
+            problems.append(f"{name}: got {found.dtype}, implemented: {', '.join(DTYPES)}")
     return problems
 
 
-def _extra(name: str, readers: dict) -> list[str]:
+def _extra(name: str, stored: dict[str, Stored | None]) -> list[str]:
     """Complain of a tensor that the model has no place for, unless it says nothing new."""
     embed = TABLE[0][0]
     if BUFFERS.fullmatch(name):
         return []
-    if name == TABLE[-1][0] and readers.get(embed):  # tied, and yet written out
-        head, table = (readers[key].get_tensor(key) for key in (name, embed))
-        same = head.dtype == table.dtype and head.tobytes() == table.tobytes()
+    if name == TABLE[-1][0] and stored.get(embed):  # tied, and yet written out
+        head, table = stored[name], stored[embed]
+        same = head.dtype == table.dtype and np.array_equal(head.bytes, table.bytes)
         return [] if same else [f"{name}: differs from {embed} though tie_word_embeddings is true"]
     return [f"{name}: extra, the model of config.json has no such tensor"]
 
 
-def _read(cfg: ModelConfig, readers: dict, dtype) -> Params:
+def _read(cfg: ModelConfig, stored: dict[str, Stored], dtype) -> Params:
     leaves, flat = _leaves(cfg, dtype), {}
     for name, path, layer, pattern in tqdm(tensors(cfg), "load", unit="tensor", disable=None):
-        array = _rearrange(cfg, readers[name].get_tensor(name), pattern)
-        flat[path] = _place(flat.get(path), array, layer, leaves[path])
+        theirs = stored[name].bytes.view(jnp.dtype(DTYPES[stored[name].dtype])).reshape(stored[name].shape)
+        flat[path] = _place(flat.get(path), _rearrange(cfg, theirs, pattern), layer, leaves[path])
         flat[path].block_until_ready()  # else the host runs ahead and holds many tensors
     return traverse_util.unflatten_dict(flat, sep="/")
 
@@ -198,13 +220,13 @@ def _read(cfg: ModelConfig, readers: dict, dtype) -> Params:
 def _place(stack: jax.Array | None, array: np.ndarray, layer: int | None, leaf) -> jax.Array:
     """Give each device its part of the tensor, as `leaf` or, of a stacked one, as a layer of it.
 
-    A process reads whole tensors and keeps its devices' parts: no weights go over the network.
+    A process reads its devices' parts from the file: no weights go over the network.
     """
     spec = leaf.sharding.spec if layer is None else PartitionSpec(*leaf.sharding.spec[1:])
     sharding = NamedSharding(leaf.sharding.mesh, spec)
     x = jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
     if layer is None:
-        return x.astype(leaf.dtype)
+        return jnp.array(x, leaf.dtype)  # a copy: on a CPU, x may be the pages of the file themselves
     if stack is None:
         stack = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
     return _set_layer(stack, x, layer)
@@ -212,7 +234,10 @@ def _place(stack: jax.Array | None, array: np.ndarray, layer: int | None, leaf) 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _set_layer(stack, x, layer):
-    return jax.lax.dynamic_update_index_in_dim(stack, x.astype(stack.dtype), layer, 0)
+    """Set a layer of the stack in place; as bits, as XLA for CPUs computes bfloat16 in float32: all of the stack."""
+    bits = jnp.dtype(f"uint{8 * stack.dtype.itemsize}")
+    x = x.astype(stack.dtype).view(bits)
+    return jax.lax.dynamic_update_index_in_dim(stack.view(bits), x, layer, 0).view(stack.dtype)
 
 
 def _leaves(cfg: ModelConfig, dtype) -> dict[str, jax.ShapeDtypeStruct]:
@@ -288,21 +313,39 @@ def _split(cfg: ModelConfig, itemsize: int, limit: float) -> list[list[Tensor]]:
 
 
 def _write_tensors(path: Path, cfg: ModelConfig, flat: dict, group: list[Tensor], dtype, bar):
-    first, arrays = jax.process_index() == 0, {}
-    for tensor in group:
-        array = _gather(cfg, flat[tensor.path], tensor, dtype)  # all processes take part in this
+    """Write a file of safetensors, one tensor after the other: each while the next one is gathered."""
+    first = jax.process_index() == 0
+    with open(path if first else os.devnull, "wb") as file, ThreadPoolExecutor(1) as aside:
+        writing = aside.submit(file.write, _header(cfg, group, dtype))
+        for tensor in group:
+            array = _gather(cfg, flat[tensor.path], tensor, dtype)  # all processes take part in this
+            writing.result()
+            writing = aside.submit(file.write, array.view(np.uint8).data)
+            bar.update()
+        writing.result()
+        file.flush()
         if first:
-            arrays[tensor.name] = array
-        bar.update()
-    if first:  # transformers wants the metadata; safetensors makes a file that only we can read
-        safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
-        path.chmod(0o644)
+            os.fsync(file.fileno())
+
+
+def _header(cfg: ModelConfig, group: list[Tensor], dtype) -> bytes:
+    """Begin a safetensors file: the length of a JSON text, and the text, which says where each tensor is."""
+    said, end = {"__metadata__": {"format": "pt"}}, 0  # transformers wants the metadata
+    spelling = {ours: theirs for theirs, ours in DTYPES.items()}[dtype.name]
+    for tensor in group:
+        shape = hf_shape(cfg, tensor.pattern)
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        said[tensor.name] = {"dtype": spelling, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(said).encode()
+    text += b" " * (-len(text) % 8)  # numbers are read faster where they are aligned
+    return len(text).to_bytes(8, "little") + text
 
 
 def _gather(cfg: ModelConfig, leaf: jax.Array, tensor: Tensor, dtype) -> np.ndarray:
-    whole = multihost_utils.process_allgather(_layer(leaf, tensor.layer, dtype), tiled=True)
+    """Bring a tensor to every host; the devices rearrange it, as numpy takes ten times as long."""
     theirs, ours = tensor.pattern.split(" -> ")
-    return np.ascontiguousarray(_rearrange(cfg, whole, f"{ours} -> {theirs}"))
+    x = _rearrange(cfg, _layer(leaf, tensor.layer, dtype), f"{ours} -> {theirs}")
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
