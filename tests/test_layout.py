@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LEVELS = {
-    0: {"mesh", "records", "text", "losses", "optim", "checkpoint", "log", "jail", "sandbox",
+    0: {"mesh", "records", "tensorfile", "text", "losses", "optim", "checkpoint", "log", "jail", "sandbox",
         "attention", "logprob"},
     1: {"model", "lora", "data"},
     2: {"hf_config", "hf", "step", "fit", "slots", "decode", "engine", "sample"},
