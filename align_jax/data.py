@@ -112,7 +112,7 @@ def store(path: Path, encoded: Iterable[Encoded], *, completions: int) -> None:
 class Stored(Sequence[Encoded]):
     """What the hosts have stored, in the order of the file it came from; memory-mapped, read where it is touched.
 
-    Of records that repeat an id only the first is kept, for each host has seen but its share: `repeated` counts them.
+    Of records that repeat an id only the first is kept, for each host has seen but its share: `repeated` names them.
     """
 
     def __init__(self, paths: Iterable[Path]):
@@ -123,7 +123,7 @@ class Stored(Sequence[Encoded]):
         ids = self.table["id"].to_pylist()
         first = {}
         self.order = [at for at in order.tolist() if first.setdefault(ids[at], at) == at]
-        self.repeated = len(order) - len(self.order)
+        self.repeated = [ids[at] for at in order.tolist() if first[ids[at]] != at]
         self.ids = [ids[at] for at in self.order]
         each = [pc.list_value_length(column).to_numpy()[self.order] for column in self.columns]
         self.lengths = np.sum(each, axis=0)

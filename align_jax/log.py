@@ -55,6 +55,9 @@ def command(main: Callable) -> None:
                   "newest checkpoint", file=sys.stderr, flush=True)
             os._exit(1)  # an orderly end would wait for the host that is gone
         except (ValueError, OSError) as error:
+            if jax.process_count() > 1:  # an orderly end would wait for hosts that do not know of it
+                print(f"error: host {jax.process_index()}: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
             frames = traceback.extract_tb(error.__traceback__)
             if isinstance(error, OSError) or Path(__file__).parent in Path(frames[-1].filename).parents:
                 raise SystemExit(f"error: {error}") from None

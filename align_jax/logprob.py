@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from align_jax import mesh
 from align_jax.mesh import spec
 
-ROWS, VOCAB, EMBED = (mesh.RULES[name] for name in ("rows", "vocab", "embed"))
+VOCAB, EMBED = mesh.RULES["vocab"], mesh.RULES["embed"]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -78,7 +78,7 @@ def _local_backward(head, x, tokens, sources, is_scored, normaliser, g, *, chunk
         states, targets, at = take(i)
         logits, is_target = _logits(head, states, targets)
         weight = flat_g.at[at].get(mode="fill", fill_value=0)[:, None]  # behind the last token: no gradient
-        probs = jnp.exp(logits - flat_normaliser.at[at].get(mode="fill", fill_value=0)[:, None])
+        probs = jnp.exp(logits - flat_normaliser.at[at].get(mode="fill", fill_value=jnp.inf)[:, None])  # and no inf
         d = (weight * (jnp.where(is_target, 1.0, 0.0) - probs)).astype(head.dtype)
         d_head = jnp.einsum("BV,BD->VD", d, states, preferred_element_type=jnp.float32)
         d_states = jnp.einsum("BV,VD->BD", d, head, preferred_element_type=jnp.float32)
@@ -86,9 +86,7 @@ def _local_backward(head, x, tokens, sources, is_scored, normaliser, g, *, chunk
 
     nothing = jnp.zeros(head.shape, jnp.float32), jnp.zeros((tokens.size, x.shape[-1]), jnp.float32)
     d_head, d_x = jax.lax.fori_loop(0, _num_chunks(scored, chunk), one, nothing)
-    others = [axis for axis in ROWS if axis != EMBED]
-    d_head = jax.lax.psum_scatter(jax.lax.psum(d_head, others), EMBED, scatter_dimension=1, tiled=True)
-    return d_head, jax.lax.psum(d_x, VOCAB).reshape(x.shape)
+    return mesh.sum_over_rows(d_head), jax.lax.psum(d_x, VOCAB).reshape(x.shape)
 
 
 def _gather(head):

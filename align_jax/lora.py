@@ -26,7 +26,7 @@ def add(cfg: ModelConfig, params: Params, *, seed: int) -> Params:
     """Put the adapters of this config beside the weights: fp32, whatever the dtype of those."""
     if not cfg.r:
         return params
-    adapters, _ = jax.jit(lambda: split(model.init(cfg, seed)))()
+    adapters = jax.jit(lambda: split(model.init(cfg, seed))[0])()  # of the rest nothing is made
     return join(adapters, params)
 
 

@@ -3,11 +3,14 @@
 The mesh is explicit and always set, on one device too, so that a CPU test runs the code that a pod runs.
 """
 
+import json
 import math
 import os
+import zlib
 
 import jax
-from jax.experimental import mesh_utils
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
@@ -26,7 +29,8 @@ RULES = {  # what an array axis is -> the mesh axes it is split over
 def make(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices=None) -> Mesh:
     """Make the (data, fsdp, tensor) mesh; one size may be -1, "all the devices that are left".
 
-    Between the slices of a TPU lies the slow network: only the data axis, whose gradients meet once a step, goes over.
+    Between the slices of a TPU lies the slow network: only the data axis goes over, whose gradients meet once
+    a micro-batch.
     """
     devices = jax.devices() if devices is None else devices
     shape = [data, fsdp, tensor]
@@ -64,6 +68,12 @@ def sharding(*axes: str | None) -> NamedSharding:
     return NamedSharding(jax.sharding.get_mesh(), spec(*axes))
 
 
+def sum_over_rows(partial):
+    """Within a shard_map: add up what all devices with rows have of an array [V D], each keeping its part of D."""
+    others = [axis for axis in RULES["rows"] if axis != RULES["embed"]]
+    return jax.lax.psum(jax.lax.psum_scatter(partial, RULES["embed"], scatter_dimension=1, tiled=True), others)
+
+
 def num_row_shards() -> int:
     """Over how many device groups the rows of a batch are split."""
     shape = jax.sharding.get_abstract_mesh().shape  # inside jit too
@@ -81,8 +91,12 @@ def check_rows(rows_per_batch: int, accumulate: int) -> None:
                          f"mesh.data x mesh.fsdp ({shards}) x compute.accumulate ({accumulate})")
 
 
-def start_hosts() -> None:
-    """Join the other hosts: under srun, on a TPU VM, or by JAX_COORDINATOR_ADDRESS, _NUM_PROCESSES and _PROCESS_ID."""
+def start_hosts(*, saves_on_sigterm: bool = False) -> None:
+    """Join the other hosts: under srun, on a TPU VM, or by JAX_COORDINATOR_ADDRESS, _NUM_PROCESSES and _PROCESS_ID.
+
+    `saves_on_sigterm`: jax takes SIGTERM for a notice that the program asks after. Else it ends the process, as usual.
+    """
+    jax.config.update("jax_enable_preemption_service", saves_on_sigterm)
     is_tpu = any(os.path.exists(device) for device in ("/dev/accel0", "/dev/vfio/0"))
     is_srun = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1  # SLURM_NTASKS is set in a bare allocation too
     if os.environ.get("JAX_COORDINATOR_ADDRESS") or is_srun or is_tpu:
@@ -92,6 +106,14 @@ def start_hosts() -> None:
             # A process alone on its node drives all of its GPUs; jax would give it the first.
             said["local_device_ids"] = list(range(int(os.environ.get("SLURM_GPUS_ON_NODE", "1"))))
         jax.distributed.initialize(**said)
+
+
+def check_same(what: str, value) -> None:
+    """Refuse to go on if a value that goes into JSON is not the same on all hosts."""
+    mine = zlib.crc32(json.dumps(value, sort_keys=True, default=str).encode())
+    found = multihost_utils.process_allgather(np.uint32(mine))
+    if len(set(np.ravel(found).tolist())) > 1:
+        raise ValueError(f"hosts: {what} differ: the same command has to be started on all of them, on the same files")
 
 
 def wait_for_hosts(what: str) -> None:

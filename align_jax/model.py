@@ -18,6 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from align_jax import mesh
 from align_jax.mesh import spec
 
 Params = dict  # {"embed", "final_norm", "head"?, "layers": {...}} of arrays
@@ -162,16 +163,39 @@ def hidden(cfg: ModelConfig, params: Params, tokens: Int[Array, "R T"], position
         x = checkpoint_name(x, "layer_input")
         return _layer(cfg, weights)(x, rotate, lambda q, k, v: (attend(q, k, v), None), cfg.norm_eps)
 
-    layer = layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat])
+    layer = layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
     x, _ = jax.lax.scan(layer, embed(params, tokens, dtype), params["layers"])
     return rms_norm(x, params["final_norm"], cfg.norm_eps)
 
 
 def embed(params: Params, tokens: Int[Array, "R T"], dtype) -> Float[Array, "R T D"]:
     """Look the tokens up."""
+    return _lookup(params["embed"], tokens, jnp.dtype(dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _lookup(table, tokens, dtype):
     # Gather the table over fsdp first: a lookup in a table split over D would reshard the activations.
-    table = jax.sharding.reshard(params["embed"].astype(dtype), spec("vocab", None))
+    table = jax.sharding.reshard(table.astype(dtype), spec("vocab", None))
     return table.at[tokens].get(out_sharding=spec("rows", None, None))
+
+
+def _lookup_backward(dtype, kept, g):
+    specs = spec("vocab", "embed"), spec("rows", None), spec("rows", None, None)
+    return jax.shard_map(_add_up, in_specs=specs, out_specs=specs[0], check_vma=False)(*kept, g), None
+
+
+def _add_up(table, tokens, g):
+    """The gradient of this device's part of the table, summed in fp32: in bf16 a frequent token's stops growing."""
+    size = table.shape[0]
+    at = tokens.reshape(-1) - jax.lax.axis_index(mesh.RULES["vocab"]) * size
+    at = jnp.where((at >= 0) & (at < size), at, size)  # beyond the end, and so dropped: another device's
+    sums = jnp.zeros((size, g.shape[-1]), jnp.float32).at[at].add(
+        g.reshape(-1, g.shape[-1]).astype(jnp.float32), mode="drop")
+    return mesh.sum_over_rows(sums).astype(table.dtype)
+
+
+_lookup.defvjp(lambda table, tokens, dtype: (_lookup(table, tokens, dtype), (table, tokens)), _lookup_backward)
 
 
 def head(params: Params, dtype) -> Float[Array, "V D"]:
@@ -190,7 +214,7 @@ _policies = jax.checkpoint_policies
 REMAT = {  # what is kept of a layer for the backward pass, beside its input
     "none": None,  # all of it
     "dots": _policies.dots_with_no_batch_dims_saveable,  # what the matrix products gave
-    "mixed": _policies.save_only_these_names("mixed"),  # what attention gave, so that it is not run again
+    "mixed": _policies.save_only_these_names("mixed"),  # what attention gave: it is not run again (but by cuDNN)
     "full": _policies.nothing_saveable,
     "offload": _policies.save_and_offload_only_these_names(  # the inputs too wait in the host's memory
         names_which_can_be_saved=[], names_which_can_be_offloaded=["layer_input", "mixed"],

@@ -28,7 +28,8 @@ KINDS = {  # data.kind -> the records in the file, what of them is trained on, a
     "pairs": (records.Pair, lambda record: record, 2),
     "chosen": (records.Pair, lambda r: records.Example(id=r.id, prompt=r.prompt, completion=r.chosen), 1),
 }
-FREE = ("run", "start", "data.path", "mesh", "ckpt", "optim.offload")  # change no number; files' content is bound
+FREE = ("run", "start", "data.path", "mesh", "ckpt", "optim.offload",  # change no number but by rounding
+        *(f"compute.{name}" for name in ("remat", "attention", "chunk", "accumulate")))  # files' content is bound
 FOR_ROWS = ("rows_per_batch", "epochs")  # keys of the data section that say how the rows are served
 GAP = {"float32": 1e-3, "bfloat16": 0.1}  # nats by the square root of the tokens: rounding adds up as a random walk
 
@@ -47,6 +48,7 @@ def train(c: Mapping, *, params=None) -> Path:
     cfg = hf.config(c["start"])
     R, goal, compute = c["data"]["rows_per_batch"], objective(**c["objective"]), Compute(**c["compute"])
     inputs = {"weights": hf.fingerprint(c["start"]), "data": records.fingerprint(Path(c["data"]["path"]))}
+    mesh.check_same("config, weights or data", [c, inputs])
     run = log.claim(c["run"], c | {"inputs": inputs}, free=FREE, scratch=("examples",))
     exported = run / "hf"
     if exported.is_dir():
@@ -59,7 +61,7 @@ def train(c: Mapping, *, params=None) -> Path:
         tokenizer = text.load(c["start"])
         settings = {k: v for k, v in c["data"].items() if k not in FOR_ROWS}
         bound_to = inputs | {"tokenizer": text.fingerprint(tokenizer), "settings": settings | {"path": ""}}
-        examples, dropped = load_data(run / "examples", tokenizer, bound_to, **settings)
+        examples, dropped = load_data(run / "examples" / records.fingerprint(bound_to), tokenizer, **settings)
         check_examples(c, cfg, goal, examples, dropped)
         shape, epochs = {"row_length": c["data"]["row_length"], "rows_per_batch": R}, c["data"]["epochs"]
         planned, fill = data.plan(data.Packing(examples.lengths, seed=c["seed"], epochs=epochs, **shape))
@@ -75,7 +77,7 @@ def train(c: Mapping, *, params=None) -> Path:
         ref_logps = None
         if goal.completions == 2:
             ref_logps = reference(run / "reference.jsonl", make_scorer(cfg, compute=compute), params, examples,
-                                  bound_to | {"compute": c["compute"]}, **shape)
+                                  bound_to | {"dtype": compute.dtype}, **shape)
         adapted = lora.config(cfg, rank=c["lora"]["rank"], alpha=c["lora"]["alpha"])
         params, frozen = lora.split(lora.add(adapted, params, seed=c["seed"]))
         state = TrainState(jax.device_put(np.int32(0), mesh.sharding()), params, jax.jit(tx.init)(params))
@@ -96,7 +98,7 @@ def train(c: Mapping, *, params=None) -> Path:
             # -- loop ----------------------------------------------------------------------------------------
             step = make_step(adapted, goal, tx, compute=compute)
             metrics, rates = log.Metrics(run, first_step=first, steps=steps), optim.rates(steps, c["optim"])
-            pending = None
+            pending, number = None, first  # all steps may be done already: a run that was killed in its export
             for number in range(first + 1, steps + 1):
                 state, values = step(state, to_devices(next(batches)), frozen)
                 if number == first + 1:
@@ -145,6 +147,7 @@ def check(c: Mapping) -> None:
              "data.rows_per_batch": (c["data"]["rows_per_batch"], 1), "data.epochs": (c["data"]["epochs"], 1),
              "ckpt.every": (c["ckpt"]["every"], 1), "ckpt.keep": (c["ckpt"]["keep"], 1),
              "lora.rank": (c["lora"]["rank"], 0)}
+    wrong += [f"lora.alpha: got {c['lora']['alpha']}, expected a number above 0"] * (not c["lora"]["alpha"] > 0)
     wrong += [f"{key}: got {value}, expected {lowest} or more" for key, (value, lowest) in least.items()
               if value < lowest]
     if wrong:
@@ -164,35 +167,41 @@ def check_examples(c: Mapping, cfg, goal, examples: data.Stored, dropped: Counte
                          f"{cfg.max_length} positions; expected row_length to be no more")
 
 
-def load_data(folder: Path, tokenizer, bound_to: Mapping, *, path: str, kind: str, row_length: int,
-              too_long: str = "drop", bad_lines: str = "stop") -> tuple[data.Stored, Counter]:
+def load_data(folder: Path, tokenizer, *, path: str, kind: str, row_length: int, too_long: str = "drop",
+              bad_lines: str = "stop") -> tuple[data.Stored, Counter]:
     """Tokenise a file of records into `folder`, every host its share of the lines, unless that is done.
 
-    Returns the examples, and what was cut or dropped, by reason.
+    Returns the examples, and what was cut or dropped, by reason. What is wrong in one host's share is raised on all.
     """
     if kind not in KINDS:
         raise ValueError(f"data.kind: got {kind!r}, available are {sorted(KINDS)}")
     schema, select, completions = KINDS[kind]
     book, host, hosts = folder / "book.json", jax.process_index(), jax.process_count()
-    done, bound_to = json.loads(book.read_text()) if book.is_file() else {}, json.loads(json.dumps(bound_to))
-    if done.get("bound_to") != bound_to:
-        counts = Counter()
+    if not book.is_file():
+        counts, wrong = Counter(), ""
         found = log.progress(records.stream(path, schema, bad_lines=bad_lines, bad=counts, share=(host, hosts)),
                              total=records.count(path) // hosts, what="tokenise", unit="rec")
         encoded = data.encode_all(((line, select(record)) for line, record in found), tokenizer, dropped=counts,
                                   max_length=row_length, too_long=too_long)
-        data.store(folder / f"{host}.arrow", encoded, completions=completions)
-        log.write_json(folder / f"{host}.json", counts)
+        try:
+            data.store(folder / f"{host}.arrow", encoded, completions=completions)
+        except ValueError as error:
+            wrong = str(error)
+        log.write_json(folder / f"{host}.json", {"dropped": counts, "wrong": wrong})
         mesh.wait_for_hosts("examples are tokenised")
+        shares = [json.loads((folder / f"{h}.json").read_text()) for h in range(hosts)]
+        if any(share["wrong"] for share in shares):
+            raise ValueError("\n".join(share["wrong"] for share in shares if share["wrong"]))
         if host == 0:
-            total = sum((Counter(json.loads((folder / f"{h}.json").read_text())) for h in range(hosts)), Counter())
-            log.write_json(book, {"bound_to": bound_to, "hosts": hosts, "dropped": total})
+            total = sum((Counter(share["dropped"]) for share in shares), Counter())
+            log.write_json(book, {"hosts": hosts, "dropped": total})
         mesh.wait_for_hosts("examples are counted")
-        done = json.loads(book.read_text())
+    done = json.loads(book.read_text())
     examples = data.Stored([folder / f"{h}.arrow" for h in range(done["hosts"])])
     if examples.repeated and bad_lines == "stop":
-        raise ValueError(f"{path}: {examples.repeated} line(s) repeat the id of another")
-    return examples, Counter(done["dropped"]) + Counter({"duplicate id": examples.repeated})
+        raise ValueError(f"{path}: {len(examples.repeated)} line(s) repeat the id of another: "
+                         f"{', '.join(examples.repeated[:10])}")
+    return examples, Counter(done["dropped"]) + Counter({"duplicate id": len(examples.repeated)})
 
 
 def reference(path: Path, score, params, examples: data.Stored, bound_to: Mapping, *, row_length: int,
@@ -259,7 +268,7 @@ def main(c: Mapping, accelerator: str | None = None) -> None:
 
         check(c)
         raise SystemExit(0 if fit.main(c, accelerator) else 1)
-    mesh.start_hosts()
+    mesh.start_hosts(saves_on_sigterm=True)
     train(c)
 
 

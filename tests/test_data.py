@@ -213,7 +213,7 @@ def test_what_is_stored_comes_back_in_the_order_of_the_file(tmp_path):
     for host in (0, 1, 2):
         data.store(tmp_path / f"{host}.arrow", examples[host::3], completions=2)
     stored = data.Stored([tmp_path / f"{host}.arrow" for host in (0, 1, 2)])
-    assert len(stored) == 2500 and stored.C == 2 and stored.repeated == 0
+    assert len(stored) == 2500 and stored.C == 2 and not stored.repeated
     assert stored.ids == [e.id for e in examples]
     assert stored.lengths.tolist() == [len(e) for e in examples]
     assert stored.longest.tolist() == [e.longest for e in examples]
@@ -229,7 +229,7 @@ def test_an_id_that_two_hosts_have_counts_once(tmp_path):
     for host, example in enumerate((a, b)):
         data.store(tmp_path / f"{host}.arrow", [example], completions=1)
     stored = data.Stored([tmp_path / "0.arrow", tmp_path / "1.arrow"])
-    assert stored.repeated == 1 and [e.line for e in stored] == [3]
+    assert stored.repeated == ["same"] and [e.line for e in stored] == [3]
 
 
 def test_storing_nothing_gives_nothing(tmp_path):

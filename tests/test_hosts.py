@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -163,6 +164,24 @@ def test_a_terminated_run_on_two_hosts_continues_to_the_same_bits(tmp_path):
     assert rows[0] == rows[1]
     ended, unbroken = ((tmp_path / name / "hf" / "model.safetensors").read_bytes() for name in ("ended", "unbroken"))
     assert ended == unbroken
+
+
+def test_a_bad_line_in_the_share_of_one_host_is_named_by_all(tmp_path):
+    lines = (ROOT / "tests" / "golden" / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "pairs.jsonl").write_text("".join([*lines[:2], '{"prompt": 3}\n', *lines[2:]]))
+    began = time.monotonic()
+    ended = start("-m", "align_jax.train", "--config=configs/dpo.py:smoke", f"--config.run={tmp_path / 'run'}",
+                  f"--config.data.path={tmp_path / 'pairs.jsonl'}", hosts=2)
+    for status, output in ended:
+        assert status == 1 and re.search(r"error: host \d: 1 bad line\(s\) in .*\n.*pairs.jsonl:3: ", output), output
+    assert time.monotonic() - began < 100  # jax by itself gives up after five minutes
+
+
+def test_hosts_with_other_settings_are_refused(tmp_path):
+    program = ("import os, runpy, sys\nsys.argv.append('--config.optim.lr=0.00' + os.environ['JAX_PROCESS_ID'] + '1')\n"
+               "runpy.run_module('align_jax.train', run_name='__main__')")
+    for status, output in train(tmp_path / "run", (1, 2, 1), hosts=2, program=("-c", program)):
+        assert status == 1 and "hosts: config, weights or data differ: the same command has to" in output, output
 
 
 def test_a_tensor_axis_across_hosts_is_refused(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 
-from align_jax import data, hf, losses, mesh, model, optim, records, text
+from align_jax import data, hf, logprob, losses, mesh, model, optim, records, text
 from align_jax.step import Compute, TrainState, completion_logps, make_scorer, make_step, objective, score_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -169,6 +169,35 @@ def test_chunk_changes_no_logp(chunk, one_device):
     whole, chunked = (make_scorer(cfg, compute=Compute(dtype="float32", remat="none", chunk=size))(params, batch)
                       for size in (T, chunk))
     np.testing.assert_allclose(chunked, whole, rtol=1e-6)
+
+
+def test_large_logits_have_a_finite_gradient(one_device):
+    """Also where the last chunk has places left over, whose logits would overflow."""
+    rng = np.random.default_rng(0)
+    head, x = (jnp.asarray(rng.normal(size=shape) * 20, jnp.float32, out_sharding=mesh.sharding(*axes))
+               for shape, axes in (((64, 8), ("vocab", "embed")), ((1, 16, 8), ("rows", None, None))))
+    tokens, sources = (jax.device_put(np.arange(16, dtype=np.int32)[None] - by, mesh.sharding("rows", None))
+                       for by in (0, 0))
+    is_scored = tokens < 10
+
+    def loss(logps):
+        return lambda head, x: jnp.sum(jnp.where(is_scored, logps(head, x), 0.0))
+
+    got = jax.grad(loss(lambda head, x: logprob.of_tokens(head, x, tokens, sources, is_scored, 8)), (0, 1))(head, x)
+    dense = jax.grad(loss(lambda head, x: jax.nn.log_softmax(x @ head.T)[0, jnp.arange(16), tokens[0]]), (0, 1))
+    expected = dense(np.asarray(head), np.asarray(x))
+    assert np.abs(np.asarray(x)[0] @ np.asarray(head).T).max() > 1000
+    for mine, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_the_embedding_of_a_frequent_token_has_its_whole_gradient_in_bfloat16(any_mesh):
+    """Summed in bfloat16, 4,096 equal parts would stop growing at 256."""
+    table = jax.device_put(np.ones((96, 8), np.float32), mesh.sharding("vocab", "embed"))
+    tokens = jax.device_put(np.full((8, 512), 7, np.int32), mesh.sharding("rows", None))
+    gradient = jax.jit(jax.grad(lambda table: jnp.sum(
+        model.embed({"embed": table}, tokens, jnp.bfloat16).astype(jnp.float32))))(table)
+    assert (np.asarray(gradient) == 4096 * (np.arange(96) == 7)[:, None]).all()
 
 
 # --- three steps of TRL ---------------------------------------------------------------------------

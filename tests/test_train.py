@@ -181,6 +181,15 @@ def test_a_run_shows_what_it_does_and_ends_with_what_it_wrote(unbroken):
     assert " I1" not in output and "orbax" not in output
 
 
+def test_a_run_killed_in_its_export_exports(unbroken, tmp_path):
+    run = shutil.copytree(unbroken[0], tmp_path / "run")
+    shutil.rmtree(run / "hf")
+    done = command(f"--config.run={run}", *SETTINGS, "--config.compute.remat=none")  # which changes no number
+    assert done.returncode == 0 and "continuing after step 24" in done.stdout, done.stderr
+    name = "hf/model.safetensors"
+    assert (run / name).read_bytes() == (unbroken[0] / name).read_bytes()
+
+
 def test_what_is_exported_is_what_was_trained(unbroken):
     import torch
     import transformers
@@ -242,7 +251,7 @@ def test_a_reference_that_is_not_of_these_weights_stops_the_run(unbroken, tmp_pa
 
 
 def pairs_in(folder: Path):
-    return train.load_data(folder, text.load(TINY), {}, path=GOLDEN / "pairs.jsonl", kind="pairs", row_length=256)
+    return train.load_data(folder, text.load(TINY), path=GOLDEN / "pairs.jsonl", kind="pairs", row_length=256)
 
 
 def test_a_reference_is_of_its_weights_and_goes_on_where_it_was_killed(tmp_path, one_device):
@@ -274,13 +283,13 @@ def test_a_reference_is_of_its_weights_and_goes_on_where_it_was_killed(tmp_path,
 # --- the examples on disk -------------------------------------------------------------------------
 
 
-def test_a_file_is_tokenised_once_for_the_same_data_and_settings(tmp_path):
-    first, dropped = pairs_in(tmp_path)
-    (tmp_path / "0.arrow").rename(tmp_path / "gone")
+def test_a_file_is_tokenised_once_and_counted(tmp_path):
+    first, dropped = pairs_in(tmp_path / "a")
+    (tmp_path / "a" / "0.arrow").rename(tmp_path / "gone")
     with pytest.raises(FileNotFoundError):
-        pairs_in(tmp_path)  # it would not have been read if it were made again
+        pairs_in(tmp_path / "a")  # it would not have been missed if it were made again
     settings = {"path": GOLDEN / "pairs.jsonl", "kind": "pairs", "row_length": 120}
-    fewer, dropped = train.load_data(tmp_path, text.load(TINY), {"row_length": 120}, **settings)
+    fewer, dropped = train.load_data(tmp_path / "b", text.load(TINY), **settings)
     assert len(fewer) + dropped["too long"] == len(first) and dropped["too long"]
 
 
@@ -397,7 +406,7 @@ def test_a_training_config_fits_the_functions_that_take_it(name, arg):
     c = get_config(name, arg).to_dict()
     assert set(c) == {"run", "start", "seed", "steps", "data", "objective", "optim", "lora", "compute", "mesh",
                       "ckpt"}
-    fits(train.load_data, None, None, {}, **{k: v for k, v in c["data"].items() if k not in train.FOR_ROWS})
+    fits(train.load_data, None, None, **{k: v for k, v in c["data"].items() if k not in train.FOR_ROWS})
     fits(mesh.make, **c["mesh"])
     fits(checkpoint.Checkpoints, "", keep=c["ckpt"]["keep"])
     assert set(c["ckpt"]) == {"every", "keep", "export"} and c["ckpt"]["export"] in train.GAP

@@ -1,20 +1,23 @@
-"""How fast, beside what users would pick instead: every contender in a process of its own, in turn, on one machine.
+r"""How fast, beside what users would pick instead: every contender in a process of its own, in turn, on one machine.
 
     python tools/bench.py --cases=dpo,generate,spread --model=CASE --peers=FOLDER \
         --python=trl=ENV/bin/python,transformers=ENV/bin/python,tunix=ENV/bin/python --out=bench.json
     python tools/bench.py --cases=overhead --model=CASE
-    python tools/bench.py --cases=accelerator --shapes=deepseek-coder-1.3b [--python=trl=ENV/bin/python]
+    python tools/bench.py --cases=accelerator_sft,accelerator_dpo,accelerator_decode,accelerator_overhead \
+        --model=CASE --shape=deepseek-coder-1.3b [--rows=8] [--remat=mixed] [--rank=0] [--python=trl=ENV/bin/python]
 
 CASE is a checkpoint with pairs.jsonl in it, FOLDER has the peers' scripts (make_case.py among them makes a CASE), and
 an ENV is a virtual environment with that peer. A peer without an interpreter is left out, and said to be. Rounds are
 interleaved, A B C A B C, and the ratios are those of medians, for the machine's speed drifts. Real tokens are those of
 prompt and completion of both sides of a pair, padding not counted, whatever a contender computes.
 
-`accelerator` needs a GPU or TPU with room for the shape (1.3B: 24 GB, 7B: 120 GB for full training) and for the
-comparison an environment with torch, trl, flash-attn and liger-kernel. It reports MFU: FLOPs of the matrices and of
-attention under the diagonal, counted once, without those of remat, by the chip's dense bf16 peak.
+The accelerator cases need a GPU or TPU with room for the shape (1.3B: 24 GB, 7B: 120 GB for full training; with
+report MFU: FLOPs of the matrices and of attention under the diagonal, counted once, without those of remat, by the
+report MFU: FLOPs of the matrices and of attention under the diagonal, counted once, without those of remat, by the
+chip's dense bf16 peak. Decoding is measured by the bytes of the weights and of every slot's cache, its prompt included.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -62,6 +65,7 @@ PEERS = {  # case -> what is compared, and the peers: (environment, script, argu
     "accelerator_sft": ("real_tokens_per_s", {}),
     "accelerator_dpo": ("real_tokens_per_s", {"TRL": ("trl", HERE / "bench_trl.py", "{shape} --rank {rank}")}),
     "accelerator_decode": ("share_of_bandwidth", {}),
+    "accelerator_overhead": ("device_share", {}),
 }
 SLOTS = 32
 LIMITS = np.random.default_rng(0).integers(16, 513, 8 * SLOTS).tolist()  # answer lengths of `spread`
@@ -81,9 +85,14 @@ def dpo() -> dict:
 
 def overhead() -> dict:
     """The share of the trainer's loop that is the device's: eight steps with data, transfer and log, and without."""
-    compute, goal = Compute("float32", remat="none", chunk=512), objective("dpo", beta=0.1)
+    return _overhead(Compute("float32", remat="none", chunk=512), rows=2, row_length=1024,
+                     weights=lambda: hf.load(_MODEL.value, dtype="float32"))
+
+
+def _overhead(compute: Compute, *, rows: int, row_length: int, weights) -> dict:
+    goal = objective("dpo", beta=0.1)
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh.make()):
-        step, state, batches = _trainer("dpo", compute, 2, 1024, *hf.load(_MODEL.value, dtype="float32"))
+        step, state, batches = _trainer("dpo", compute, rows, row_length, *weights())
         metrics = log.Metrics(Path(folder), first_step=0, steps=100)
         held = [train.to_devices(next(batches)) for _ in range(8)]
 
@@ -128,7 +137,7 @@ def _sample(*, prompts: int, n: int, limits) -> dict:
     asked = [(str(i), texts[i % len(texts)]) for i in range(prompts)]
     with jax.set_mesh(mesh.make()):
         sampler = decode.Sampler.load(_MODEL.value, dtype="float32", batch_size=SLOTS)
-        sampler = decode.dataclasses.replace(sampler, stop_ids=(-1,))  # a random model's end is of no use here
+        sampler = dataclasses.replace(sampler, stop_ids=(-1,))  # a random model's end is of no use here
         found = []
         for _ in range(2):  # the first compiles
             list(sampler.generate(asked, n=n, temperature=0.7, limits={str(i): m for i, m in enumerate(limits)}))
@@ -150,11 +159,19 @@ def accelerator_dpo() -> dict:
     return _accelerator("dpo")
 
 
+def accelerator_overhead() -> dict:
+    """`overhead` at the size of a real model."""
+    return _overhead(Compute("bfloat16", remat=_REMAT.value), rows=_ROWS.value, row_length=2048, weights=_random)
+
+
 def _accelerator(goal: str) -> dict:
-    cfg = fit.SHAPES[_SHAPE.value]
     return _steps(goal, Compute("bfloat16", remat=_REMAT.value), rows=_ROWS.value, row_length=2048, count=10,
-                  weights=lambda: (cfg, jax.tree.map(lambda x: x.astype("bfloat16" if _RANK.value else "float32"),
-                                                     model.init(cfg, 0))))
+                  weights=_random)
+
+
+def _random():
+    cfg, dtype = fit.SHAPES[_SHAPE.value], "bfloat16" if _RANK.value else "float32"
+    return cfg, jax.tree.map(lambda x: x.astype(dtype), model.init(cfg, 0))
 
 
 def accelerator_decode() -> dict:
@@ -233,8 +250,9 @@ def _flops(cfg: model.ModelConfig, batch: dict) -> float:
     is_real = batch["segments"] > 0
     matrices = cfg.L * cfg.D * (2 * cfg.H * (cfg.N + cfg.K) + 3 * cfg.F)
     sees = np.sum((batch["positions"] + 1) * is_real)  # its prompt, its own branch so far, and itself
-    return 6.0 * (matrices * is_real.sum() + cfg.V * cfg.D * np.sum(batch["slots"] >= 0)
-                  + 2 * cfg.L * cfg.N * cfg.H * sees)
+    # LoRA's backward pass has no product for the gradient of a frozen matrix, the head's included.
+    return ((4.0 if _RANK.value else 6.0) * (matrices * is_real.sum() + cfg.V * cfg.D * np.sum(batch["slots"] >= 0))
+            + 12.0 * cfg.L * cfg.N * cfg.H * sees)
 
 
 # --- all of them --------------------------------------------------------------------------------------
@@ -280,10 +298,10 @@ def compare(case: str) -> dict:
         found[name].append(run(commands[name]))
     measure = PEERS[case][0]
     if case == "spread" and "transformers" in found:
-        for one in found["transformers"]:
-            one[measure] *= spread_of_batches()
+        for one in found["transformers"]:  # which computes batches to their end
+            one |= {"computed_tokens_per_s": one[measure], measure: one[measure] * spread_of_batches()}
     medians = {name: statistics.median(one[measure] for one in runs) for name, runs in found.items()}
-    memory = {name: max(one.get("peak_rss_gib", 0) for one in runs) for name, runs in found.items()}
+    memory = {name: max(one.get("peak_rss_gib") or one["peak_gib"] for one in runs) for name, runs in found.items()}
     return {"measure": measure, "medians": medians, "peak_rss_gib": memory, "absent": absent, "runs": found,
             "ratios": {name: medians["align_jax"] / median for name, median in medians.items() if name != "align_jax"}}
 
