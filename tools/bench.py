@@ -12,8 +12,8 @@ interleaved, A B C A B C, and the ratios are those of medians, for the machine's
 prompt and completion of both sides of a pair, padding not counted, whatever a contender computes.
 
 The accelerator cases need a GPU or TPU with room for the shape (1.3B: 24 GB, 7B: 120 GB for full training; with
-report MFU: FLOPs of the matrices and of attention under the diagonal, counted once, without those of remat, by the
-report MFU: FLOPs of the matrices and of attention under the diagonal, counted once, without those of remat, by the
+--rank=16 5 and 20 GB) and, for TRL, an environment with torch, trl, flash-attn and liger-kernel (and peft for --rank).
+They report MFU: FLOPs of the matrices and of attention under the diagonal, counted once, without those of remat, by the
 chip's dense bf16 peak. Decoding is measured by the bytes of the weights and of every slot's cache, its prompt included.
 """
 
