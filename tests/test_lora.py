@@ -213,6 +213,7 @@ def test_a_checkpoint_holds_the_adapters_and_their_optimiser_alone(unbroken):
     assert not any(name in key for key in kept for name in ("embed", "head", "norm"))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_continues_to_the_same_bits(unbroken, tmp_path, monkeypatch):
     write = log.Metrics.write
 

@@ -84,6 +84,7 @@ def gradient(remat: str):
     return jax.jit(jax.grad(states))(model.init(CFG, 0))
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient(one_device):
     expected = gradient("none")
     for remat in model.REMAT.keys() - {"none"}:
