@@ -49,13 +49,13 @@ def train(c: Mapping, *, params=None) -> Path:
     R, goal, compute = c["data"]["rows_per_batch"], objective(**c["objective"]), Compute(**c["compute"])
     inputs = {"weights": hf.fingerprint(c["start"]), "data": records.fingerprint(Path(c["data"]["path"]))}
     mesh.check_same("config, weights or data", [c, inputs])
-    run = log.claim(c["run"], c | {"inputs": inputs}, free=FREE, scratch=("examples",))
+    run = log.claim(c["run"], c | {"inputs": inputs}, free=FREE, scratch=("examples", "lock"))
     exported = run / "hf"
     if exported.is_dir():
         log.say(f"{run}: already finished")
         return exported
 
-    with jax.set_mesh(mesh.make(**c["mesh"])):
+    with one_writer(run), jax.set_mesh(mesh.make(**c["mesh"])):
         # -- data --------------------------------------------------------------------------------------------
         mesh.check_rows(R, compute.accumulate)
         tokenizer = text.load(c["start"])
@@ -128,6 +128,11 @@ def train(c: Mapping, *, params=None) -> Path:
     log.say(f"{run}: wrote {exported} ({c['ckpt']['export']}) after {steps} steps, {metrics.tokens:,.0f} tokens; "
             f"{step._cache_size()} compilation(s); {sum(dropped.values())} completions cut or examples dropped")
     return exported
+
+
+def one_writer(run: Path):
+    """Hold the run folder: two trainings in it would destroy each other's checkpoints."""
+    return records.hold((run / "lock").open("a")) if jax.process_index() == 0 else contextlib.nullcontext()
 
 
 def check(c: Mapping) -> None:

@@ -365,6 +365,14 @@ def test_a_setting_that_fails_a_check_may_be_corrected_in_the_same_folder(tmp_pa
             train.train(smoke("dpo", tmp_path / "run", **{"start": str(start), "data__row_length": 100} | wrong))
 
 
+def test_two_trainings_in_one_folder_are_refused(tmp_path):
+    c = smoke("sft", tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    with records.hold((tmp_path / "run" / "lock").open("a")), \
+            pytest.raises(ValueError, match="run/lock is being written by another process"):
+        train.train(c)
+
+
 def test_the_folder_of_another_run_is_refused_by_key(unbroken):
     before = (unbroken[0] / "config.json").read_bytes()
     c = smoke("bonbon", unbroken[0], steps=STEPS, ckpt__every=4, optim__warmup=0.2, seed=3)
