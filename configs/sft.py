@@ -5,8 +5,8 @@
 
 Two epochs, after which the study saw the evaluation loss level off; learning rate, batch and warm-up are
 SelfCodeAlign's for data that the model wrote itself (arXiv:2410.24198, C.3). A file of prompt and completion takes
-`--config.data.kind=examples`. A 7B model needs 16 bytes a parameter, 112 GB, over the devices of mesh.fsdp; with LoRA (configs/dpo.py) 2.2.
-`configs/sft.py:smoke` takes a minute on a CPU.
+`--config.data.kind=examples`. A 7B model needs 16 bytes a parameter, 112 GB, over the devices of mesh.fsdp; with LoRA,
+as in configs/dpo.py, 2.2. `configs/sft.py:smoke` takes a minute on a CPU.
 """
 
 from ml_collections import ConfigDict
