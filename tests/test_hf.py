@@ -221,9 +221,9 @@ def test_memory_and_bits_at_a_larger_size_as_the_benchmark_has_them(tmp_path):
          "--rounds=1", f"--folder={tmp_path}"], text=True, check=True, stdout=subprocess.PIPE, cwd=root,
         env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(root)}).stdout
     figures = {name: found for name, found in json.loads(out).items() if isinstance(found, dict)}
-    assert json.loads(out)["bytes"] > 400e6 and len(figures) == 7
+    assert json.loads(out)["bytes"] > 400e6
+    assert [found["same"] for found in figures.values() if "same" in found] == [True] * 3
     for name, found in figures.items():
-        assert found.get("same", True), name
         assert found.get("largest_tensors", 0) < 3, name  # 1 is 67 MB, and what is compiled takes about as much
 
 
