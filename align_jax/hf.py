@@ -91,6 +91,13 @@ def hf_shape(cfg: ModelConfig, pattern: str) -> tuple[int, ...]:
     return tuple(math.prod(getattr(cfg, axis) for axis in axis.strip("()").split()) for axis in axes)
 
 
+def _shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of our array."""
+    ours = {path: pattern.split(" -> ")[1].split() for _, path, _, pattern in tensors(cfg)}
+    return {path: tuple(getattr(cfg, axis) for axis in ["L"] * path.startswith("layers/") + axes)
+            for path, axes in ours.items()}
+
+
 def _rearrange(cfg: ModelConfig, array, pattern: str):
     sizes = {axis: getattr(cfg, axis) for axis in re.findall(r"\w", pattern)}
     return einops.rearrange(array, pattern, **sizes)
@@ -123,8 +130,7 @@ def mesh_problems(cfg: ModelConfig) -> list[str]:
     for name, logical in split.items():
         size, axis = getattr(cfg, FIELDS[name]), mesh.RULES[logical]
         if size % shape[axis]:
-            problems.append(f"{name}: {size} is not divisible by the mesh's "
-                            f"{axis} axis of {shape[axis]}")
+            problems.append(f"{name}: {size} is not divisible by the mesh's {axis} axis of {shape[axis]}")
     return problems
 
 
@@ -229,10 +235,6 @@ def _leaves(cfg: ModelConfig, dtype) -> dict[str, jax.ShapeDtypeStruct]:
     flat, here = traverse_util.flatten_dict(model.abstract(cfg), sep="/"), jax.sharding.get_mesh()
     return {path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=NamedSharding(here, leaf.sharding.spec))
             for path, leaf in flat.items()}
-
-
-def _shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(model.abstract(cfg), sep="/").items()}
 
 
 # --- out ------------------------------------------------------------------------------------------

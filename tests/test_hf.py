@@ -221,9 +221,9 @@ def test_memory_and_bits_at_a_larger_size_as_the_benchmark_has_them(tmp_path):
          "--rounds=1", f"--folder={tmp_path}"], text=True, check=True, stdout=subprocess.PIPE, cwd=root,
         env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(root)}).stdout
     figures = {name: found for name, found in json.loads(out).items() if isinstance(found, dict)}
-    assert json.loads(out)["bytes"] > 400e6 and len(figures) == 7
+    assert json.loads(out)["bytes"] > 400e6
+    assert [found["same"] for found in figures.values() if "same" in found] == [True] * 3
     for name, found in figures.items():
-        assert found.get("same", True), name
         assert found.get("largest_tensors", 0) < 3, name  # 1 is 67 MB, and what is compiled takes about as much
 
 
@@ -337,26 +337,33 @@ def test_absent_and_truncated_shards_are_named_once(tmp_path):
     assert problems[2].startswith(f"{name}: missing")
 
 
+def move(path: Path, to: int) -> None:
+    """Lengthen the header, so that the first tensor is that far beyond a multiple of 64 bytes."""
+    held = path.read_bytes()
+    begin = 8 + int.from_bytes(held[:8], "little")
+    header = held[8:begin] + b" " * ((to - begin) % 64)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + held[begin:])
+
+
 def test_a_file_whose_tensors_are_at_odd_addresses(tmp_path):
     path = save("llama3", tmp_path, dtype=torch.bfloat16) / "model.safetensors"
     with on((1, 1, 1)):
         _, expected = hf.load(tmp_path, dtype=jnp.float32)
-        held = path.read_bytes()
-        begin = 8 + int.from_bytes(held[:8], "little")
-        path.write_bytes((begin - 7).to_bytes(8, "little") + held[8:begin] + b" " + held[begin:])
+        move(path, 1)
         _, params = hf.load(tmp_path, dtype=jnp.float32)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, expected))
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, expected))
 
 
-def test_weights_outlive_their_file(tmp_path):
-    """On a CPU an array could be the mapped file itself, which somebody writes to."""
+def test_weights_are_no_part_of_their_file(tmp_path):
+    """On a CPU an array could be the mapped file itself, which somebody writes to; where it is aligned as jax likes."""
     path = save("llama3", tmp_path) / "model.safetensors"
+    move(path, 0)
     with on((1, 1, 1)):
         _, params = hf.load(tmp_path, dtype=jnp.float32)
-        before = jax.tree.map(lambda x: np.array(x), params)
+        before = jax.tree.map(np.array, params)
         with open(path, "r+b") as file:
             file.write(bytes(path.stat().st_size))
-        assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), params, before))
+        assert jax.tree.all(jax.tree.map(np.array_equal, params, before))
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path):

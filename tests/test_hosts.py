@@ -10,7 +10,9 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from align_jax import log, records
 
@@ -123,7 +125,9 @@ def test_two_processes_train_as_one_does(one, tmp_path, mesh, devices, program):
     output = finished(train(run, mesh, hosts=2, devices=devices, program=program))
     assert "1 compilation(s)" in output
     same_losses(run, one)
-    assert (run / "hf" / "model.safetensors").is_file()
+    got, expected = (safetensors.numpy.load_file(folder / "hf" / "model.safetensors") for folder in (run, one))
+    assert got.keys() == expected.keys()
+    assert all(np.allclose(got[name], weight, atol=1e-3) for name, weight in expected.items())
     references = [{r.id: r.logps for r in records.read(folder / "reference.jsonl", records.Reference)}
                   for folder in (run, one)]
     assert references[0].keys() == references[1].keys()

@@ -4,8 +4,9 @@
         [--held=bfloat16,float32] [--rounds=3] [--folder=DISK] [--out=convert.json]
 
 Writes bfloat16 files of at most 1 GB and then, in every round: the same bytes, plain, to the disk and back; `import`;
-and, for each dtype to hold them in, `load` and `export` to bfloat16, each command in a process of its own. What is
-read is first dropped from the page cache, what is written is synced. Needs three times the checkpoint on the disk.
+and, of what was imported and for each dtype to hold them in, `load` and `export` to bfloat16, each command in a process
+of its own. What is read is first dropped from the page cache, what is written is synced. Needs four times the
+checkpoint on the disk.
 
 Memory is RssAnon of the process, sampled from outside: the pages of mapped files are the page cache's. What it was
 when jax had started is taken off, and on a CPU the bytes of the arrays; the compiler's and malloc's stay in. It is
@@ -14,6 +15,7 @@ writing, for the others of reading or of writing. `same` says whether what was e
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -22,8 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,46 +80,43 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def raw_write(path: Path, size: int) -> dict:
-    piece, begin = os.urandom(PIECE), time.monotonic()
+def timed(do, *args, **kwargs) -> tuple[dict, Any]:
+    """When it began and ended, on the clock that all processes share, and what it took; what it returned."""
+    begin, cpu = time.monotonic(), time.process_time()
+    result = do(*args, **kwargs)
+    end = time.monotonic()
+    return {"begin": begin, "end": end, "seconds": end - begin, "cpu_seconds": time.process_time() - cpu}, result
+
+
+def raw_write(path: Path, size: int) -> None:
+    piece = os.urandom(PIECE)
     with open(path, "wb", buffering=0) as file:
         for done in range(0, size, PIECE):
             file.write(piece[:size - done])
         os.fsync(file.fileno())
-    return {"seconds": time.monotonic() - begin}
 
 
-def raw_read(folder: Path) -> dict:
-    forget(folder)
-    piece, begin = bytearray(PIECE), time.monotonic()
+def raw_read(folder: Path) -> None:
+    piece = bytearray(PIECE)
     for path in files(folder):
         with open(path, "rb", buffering=0) as file:
             while file.readinto(piece):
                 pass
-    return {"seconds": time.monotonic() - begin}
 
 
 def worker(what: str, source: str, folder: str, dtype: str) -> None:
-    """Do it, and print of each part when it began and ended (on the clock of all processes) and what it took."""
-    parts = {}
-
-    def timed(name, do, *args, **kwargs):
-        begin, cpu = time.monotonic(), time.process_time()
-        result = do(*args, **kwargs)
-        parts[name] = {"begin": begin, "end": time.monotonic(), "cpu_seconds": time.process_time() - cpu, "arrays": 0}
-        return result
-
+    """Do it, and print the figures of each part."""
+    parts, arrays = {}, 0
     with jax.set_mesh(mesh.make()):
         jnp.zeros(1).block_until_ready()
         if what == "import":
-            timed("import", hf.convert, source, folder, dtype=dtype)
+            parts["import"], _ = timed(hf.convert, source, folder, dtype=dtype)
         else:
-            cfg, params = timed("load", hf.load, source, dtype=dtype)
-            timed("export", hf.export, cfg, params, folder, like=source, dtype="bfloat16")
+            parts["load"], (cfg, params) = timed(hf.load, source, dtype=dtype)
+            parts["export"], _ = timed(hf.export, cfg, params, folder, like=source, dtype="bfloat16")
             if jax.default_backend() == "cpu":  # where the arrays are memory of this process too
-                for part in parts.values():
-                    part["arrays"] = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    print(json.dumps(parts))
+                arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    print(json.dumps({name: part | {"memory": -arrays} for name, part in parts.items()}))
 
 
 def measured(what: str, source: Path, folder: Path, dtype: str) -> dict[str, dict]:
@@ -135,9 +134,9 @@ def measured(what: str, source: Path, folder: Path, dtype: str) -> dict[str, dic
         raise RuntimeError(f"{what}: ended with {process.returncode}")
     parts = json.loads(process.stdout.read())
     started = max(size for at, size in seen if at < min(part["begin"] for part in parts.values()))
-    return {name: {"seconds": part["end"] - part["begin"], "cpu_seconds": part["cpu_seconds"],
-                   "memory": max(size for at, size in seen if part["begin"] <= at <= part["end"])
-                   - started - part["arrays"]} for name, part in parts.items()}
+    for part in parts.values():
+        part["memory"] += max(size for at, size in seen if part["begin"] <= at <= part["end"]) - started
+    return parts
 
 
 def same(*folders: Path) -> bool:
@@ -148,18 +147,38 @@ def same(*folders: Path) -> bool:
 
 def one_round(source: Path, work: Path) -> dict[str, dict]:
     size = sum(path.stat().st_size for path in files(source))
-    found = {"raw write": raw_write(work / "raw", size), "raw read": raw_read(source)}
+    forget(source)
+    found = {"raw write": timed(raw_write, work / "raw", size)[0], "raw read": timed(raw_read, source)[0]}
     (work / "raw").unlink()
-    found |= measured("import", source, work / "stacked", "bfloat16")
-    for dtype in _HELD.value:
-        parts = measured("export", source, work / "out", dtype)
-        found |= {f"{name}, {dtype}": part | {"same": same(source, work / "out")} for name, part in parts.items()}
+    found["import"] = measured("import", source, work / "stacked", "bfloat16")["import"]
+    held = {"imported": (work / "stacked", "bfloat16")} | {dtype: (source, dtype) for dtype in _HELD.value}
+    for name, (start, dtype) in held.items():
+        parts = measured("export", start, work / "out", dtype)
+        found |= {f"{part}, {name}": figures for part, figures in parts.items()}
+        found[f"export, {name}"]["same"] = same(source, work / "out")
     read, write = found["raw read"]["seconds"], found["raw write"]["seconds"]
     raw = {"import": read + write, "load": read, "export": write}
     for name, part in found.items():
         if (what := name.partition(",")[0]) in raw:
             part["of_disk"] = raw[what] / part["seconds"]
     return found
+
+
+def summary(cfg: ModelConfig, size: int, rounds: list[dict]) -> dict[str, dict]:
+    """Medians over the rounds, the most memory, and whether all bits were the same."""
+    largest, told = max(math.prod(hf.hf_shape(cfg, tensor.pattern)) for tensor in hf.tensors(cfg)), {}
+    for name in rounds[0]:
+        several = {key: [found[name][key] for found in rounds] for key in rounds[0][name]}
+        told[name] = {key: statistics.median(several[key]) for key in ("seconds", "cpu_seconds", "of_disk")
+                      if key in several}
+        told[name]["GB/s"] = size / 1e9 / told[name]["seconds"]
+        if "memory" in several:
+            itemsize = 4 if name == "load, float32" else 2
+            told[name] |= {"memory": max(several["memory"]),
+                           "largest_tensors": max(several["memory"]) / (largest * itemsize)}
+        if "same" in several:
+            told[name]["same"] = all(several["same"])
+    return told
 
 
 def main(argv) -> None:
@@ -169,24 +188,13 @@ def main(argv) -> None:
     with tempfile.TemporaryDirectory(dir=_FOLDER.value) as folder:
         source = Path(folder) / "source"
         make(cfg, source)
-        rounds = [one_round(source, Path(folder)) for _ in range(_ROUNDS.value)]
         size = sum(path.stat().st_size for path in files(source))
-    largest = max(np.prod(hf.hf_shape(cfg, tensor.pattern)) for tensor in hf.tensors(cfg))
-    summary = defaultdict(dict)
-    for name in rounds[0]:
-        figures = {key: [found[name][key] for found in rounds] for key in rounds[0][name]}
-        summary[name] = {key: statistics.median(values) for key, values in figures.items()}
-        summary[name] |= {"GB/s": size / 1e9 / summary[name]["seconds"]}
-        if "memory" in figures:
-            itemsize = 4 if name == "load, float32" else 2
-            summary[name] |= {"memory": max(figures["memory"]), "same": all(figures.get("same", [True])),
-                              "largest_tensors": max(figures["memory"]) / (largest * itemsize)}
+        rounds = [one_round(source, Path(folder)) for _ in range(_ROUNDS.value)]
     found = {"shape": _SHAPE.value, "bytes": size, "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0],
-             "jax": jax.__version__, **summary}
-    text = json.dumps(found, indent=2, default=float)
-    print(text)
+             "jax": jax.__version__, **summary(cfg, size, rounds)}
+    print(json.dumps(found, indent=2))
     if _OUT.value:
-        Path(_OUT.value).write_text(json.dumps(json.loads(text) | {"rounds": rounds}, indent=2, default=float))
+        Path(_OUT.value).write_text(json.dumps(found | {"rounds": rounds}, indent=2))
 
 
 if __name__ == "__main__":
