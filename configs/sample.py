@@ -7,8 +7,10 @@
         --config.engine.endpoint.base_url=https://HOST/v1 --config.engine.endpoint.api_key_env=OPENAI_API_KEY
 
 Writes samples.jsonl into the run folder; a run that was killed continues. A line of the prompts has `prompt`, plain
-text or chat messages, and may have `id`. `--config.sample.temperature=0` is greedy; `batch_size` counts the sequences
-decoded at once: raise it until the memory is full. `configs/sample.py:smoke` takes half a minute on a CPU.
+text or chat messages, and may have `id` and a `max_tokens` of its own. `--config.sample.temperature=0` is greedy.
+`batch_size` counts the slots, sequences decoded at once: raise it until the memory is full. The bar and the last lines
+say how many tokens a second were written and how busy the slots were. `configs/sample.py:smoke` takes half a minute on
+a CPU.
 """
 
 from ml_collections import ConfigDict

@@ -15,8 +15,8 @@ LEVELS = {
     4: {"report"},
     5: {"study"},
 }
-WITHIN = {("text", "records"), ("hf", "hf_config"), ("decode", "hf"), ("decode", "slots"), ("engine", "hf"), ("engine", "decode"),
-          ("sample", "decode"), ("sample", "engine"), ("synth", "score")}  # imports inside a level
+WITHIN = {("text", "records"), ("hf", "hf_config"), ("decode", "hf"), ("decode", "slots"), ("engine", "hf"),
+          ("engine", "decode"), ("sample", "decode"), ("sample", "engine"), ("synth", "score")}  # inside a level
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 
 
