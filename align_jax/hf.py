@@ -1,16 +1,17 @@
 """Hugging Face checkpoints to parameters and back; `TABLE` is the whole mapping, read both ways.
 
-    python -m align_jax.hf import SRC DST    # safetensors -> stacked arrays (orbax) for `load`
+    python -m align_jax.hf import SRC DST    # safetensors -> safetensors of our stacked arrays, for `load`
     python -m align_jax.hf export SRC DST    # either of the two -> safetensors for transformers
 
-A field of config.json that is not known here is refused, never ignored. Weights stream: beside the
-arrays on the devices the host holds one tensor (export: one file) at a time, whatever the model.
+A field of config.json that is not known here is refused, never ignored. Weights stream: beside the arrays on the
+devices a host holds at most two tensors at a time, whatever the model (`tools/bench_convert.py` measures it).
 """
 
 import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -24,16 +25,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
-from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
-from align_jax import mesh, model, records
+from align_jax import mesh, model, records, tensorfile
 from align_jax.hf_config import FIELDS, config, config_json, read_json, several
 from align_jax.model import ModelConfig, Params
+from align_jax.tensorfile import DTYPES, Stored
 
 TABLE = [  # HF name, our path, HF layout -> ours. {} is the layer: our array has it as a leading L.
     ("model.embed_tokens.weight", "embed", "V D -> V D"),
@@ -54,7 +54,7 @@ TABLE = [  # HF name, our path, HF layout -> ours. {} is the layer: our array ha
     ("lm_head.weight", "head", "V D -> V D"),
 ]
 BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # follows from config
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+STACKED = "params.safetensors"  # what `import` writes: the name of a tensor is its path in the params
 
 COMPANIONS = (  # files that go with the weights
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -72,24 +72,26 @@ class Tensor(NamedTuple):
 
 
 def tensors(cfg: ModelConfig) -> list[Tensor]:
-    """Expand TABLE for this config, layer by layer, so that files are read about in order."""
+    """Expand TABLE for this config, layer by layer, so that files are read about in order.
+
+    The embedding is first and the head last: the two largest are never on their way at once.
+    """
     absent = {"head": cfg.tied, "layers/o_bias": not cfg.o_bias,
               **{f"layers/{name}_bias": not cfg.qkv_bias for name in "qkv"}}
     rows = [row for row in TABLE if not absent.get(row[1])]
     stacked = [row for row in rows if "{}" in row[0]]
-    once = [Tensor(name, path, None, pattern) for name, path, pattern in rows if "{}" not in name]
-    return once + [Tensor(name.format(layer), path, layer, pattern)
-                   for layer in range(cfg.L) for name, path, pattern in stacked]
+    first, *last = (Tensor(name, path, None, pattern) for name, path, pattern in rows if "{}" not in name)
+    return [first, *(Tensor(name.format(layer), path, layer, pattern)
+                     for layer in range(cfg.L) for name, path, pattern in stacked), *last]
 
 
 def hf_shape(cfg: ModelConfig, pattern: str) -> tuple[int, ...]:
     """Shape of the HF tensor; the axes of a pattern are fields of the config."""
     axes = re.findall(r"\(.*?\)|\w", pattern.split(" -> ")[0])
-    return tuple(math.prod(getattr(cfg, axis) for axis in axis.strip("()").split())
-                 for axis in axes)
+    return tuple(math.prod(getattr(cfg, axis) for axis in axis.strip("()").split()) for axis in axes)
 
 
-def _rearrange(cfg: ModelConfig, array: np.ndarray, pattern: str) -> np.ndarray:
+def _rearrange(cfg: ModelConfig, array, pattern: str):
     sizes = {axis: getattr(cfg, axis) for axis in re.findall(r"\w", pattern)}
     return einops.rearrange(array, pattern, **sizes)
 
@@ -102,20 +104,16 @@ def load(folder: str | Path, *, dtype) -> tuple[ModelConfig, Params]:
 
     One ValueError names everything that is missing, extra, misshapen, unreadable or indivisible.
     """
-    folder = Path(folder)
     cfg = config(folder)
-    with contextlib.ExitStack() as opened:
-        problems = _mesh_problems(cfg)
-        stacked = (folder / "params").is_dir()
-        if not stacked:
-            readers, unreadable = _open(cfg, folder, opened)
-            problems += unreadable + _tensor_problems(cfg, readers)
-        if problems:
-            raise ValueError(several(f"{folder}: cannot be loaded", problems))
-        return cfg, _restore(cfg, folder, dtype) if stacked else _read(cfg, readers, dtype)
+    stored, leaves, flat = _stored(cfg, Path(folder), mesh_problems(cfg)), _leaves(cfg, dtype), {}
+    for tensor, array in _arrays(cfg, stored, tensors(cfg)):
+        flat[tensor.path] = _place(flat.get(tensor.path), array, tensor.layer, leaves[tensor.path])
+        flat[tensor.path].block_until_ready()  # else the host runs ahead and holds many tensors
+    return cfg, traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _mesh_problems(cfg: ModelConfig) -> list[str]:
+def mesh_problems(cfg: ModelConfig) -> list[str]:
+    """What of a model does not divide over the mesh that is set."""
     shape = jax.sharding.get_mesh().shape
     if not shape:
         return ["no mesh is set; call this within `jax.set_mesh(mesh.make(...))`"]
@@ -130,81 +128,89 @@ def _mesh_problems(cfg: ModelConfig) -> list[str]:
     return problems
 
 
-def _open(cfg: ModelConfig, folder: Path, opened: contextlib.ExitStack) -> tuple[dict, list[str]]:
-    """Open the files: tensor name -> its reader, None if the file that should hold it is bad."""
+def _stored(cfg: ModelConfig, folder: Path, problems: list[str]) -> dict[str, Stored]:
+    """Find every tensor of the checkpoint, or raise the problems with all others."""
+    stacked = (folder / STACKED).is_file()
+    expected = (_shapes(cfg) if stacked else
+                {tensor.name: hf_shape(cfg, tensor.pattern) for tensor in tensors(cfg)})
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map", {})
-    else:
-        weight_map = {tensor.name: "model.safetensors" for tensor in tensors(cfg)}
-    readers, problems = {}, []
+    weight_map = (read_json(index).get("weight_map", {}) if index.is_file() else
+                  dict.fromkeys(expected, STACKED if stacked else "model.safetensors"))
+    stored, unreadable = _open(folder, weight_map)
+    problems = problems + unreadable + _tensor_problems(expected, stored)
+    if problems:
+        raise ValueError(several(f"{folder}: cannot be loaded", problems))
+    return stored
+
+
+def _open(folder: Path, weight_map: dict[str, str]) -> tuple[dict[str, Stored | None], list[str]]:
+    """Map the files: tensor name -> where it is, None if the file that should hold it is bad."""
+    stored, problems = {}, []
     for file in sorted(set(weight_map.values())):
         lost = {name: None for name, where in weight_map.items() if where == file}
         try:
-            reader = opened.enter_context(safetensors.safe_open(folder / file, framework="np"))
+            found = tensorfile.read(folder / file)
         except FileNotFoundError:
-            readers |= lost
+            stored |= lost
             problems.append(f"{file}: not there; the folder has "
                             f"{', '.join(sorted(path.name for path in folder.iterdir()))}")
         except safetensors.SafetensorError as error:
-            readers |= lost
+            stored |= lost
             problems.append(f"{file}: truncated or damaged ({error})")
         else:
-            twice = readers.keys() & set(reader.keys())
+            twice = stored.keys() & found.keys()
             problems += [f"{name}: also in {file}" for name in sorted(twice)]
-            readers |= dict.fromkeys(reader.keys(), reader)
-    return readers, problems
+            stored |= found
+    return stored, problems
 
 
-def _tensor_problems(cfg: ModelConfig, readers: dict) -> list[str]:
-    expected = {tensor.name: hf_shape(cfg, tensor.pattern) for tensor in tensors(cfg)}
-    problems = [f"{name}: missing, expected shape {shape}"
-                for name, shape in expected.items() if name not in readers]
-    for name, reader in readers.items():
-        if reader is None:
+def _tensor_problems(expected: dict[str, tuple[int, ...]], stored: dict[str, Stored | None]) -> list[str]:
+    problems = [f"{name}: missing, expected shape {shape}" for name, shape in expected.items() if name not in stored]
+    for name, found in stored.items():
+        if found is None:
             continue
-        view = reader.get_slice(name)
         if name not in expected:
-            problems += _extra(name, readers)
-        elif tuple(view.get_shape()) != expected[name]:
-            problems.append(f"{name}: got shape {tuple(view.get_shape())}, "
-                            f"expected {expected[name]}")
-        elif view.get_dtype() not in DTYPES:
-            problems.append(f"{name}: got {view.get_dtype()}, implemented: {', '.join(DTYPES)}")
+            problems += _extra(name, stored)
+        elif found.shape != expected[name]:
+            problems.append(f"{name}: got shape {found.shape}, expected {expected[name]}")
+        elif found.dtype not in DTYPES:
+            problems.append(f"{name}: got {found.dtype}, implemented: {', '.join(DTYPES)}")
     return problems
 
 
-def _extra(name: str, readers: dict) -> list[str]:
+def _extra(name: str, stored: dict[str, Stored | None]) -> list[str]:
     """Complain of a tensor that the model has no place for, unless it says nothing new."""
     embed = TABLE[0][0]
     if BUFFERS.fullmatch(name):
         return []
-    if name == TABLE[-1][0] and readers.get(embed):  # tied, and yet written out
-        head, table = (readers[key].get_tensor(key) for key in (name, embed))
-        same = head.dtype == table.dtype and head.tobytes() == table.tobytes()
+    if name == TABLE[-1][0] and stored.get(embed):  # tied, and yet written out
+        head, table = stored[name], stored[embed]
+        same = head.dtype == table.dtype and np.array_equal(head.bytes, table.bytes)
         return [] if same else [f"{name}: differs from {embed} though tie_word_embeddings is true"]
     return [f"{name}: extra, the model of config.json has no such tensor"]
 
 
-def _read(cfg: ModelConfig, readers: dict, dtype) -> Params:
-    leaves, flat = _leaves(cfg, dtype), {}
-    for name, path, layer, pattern in tqdm(tensors(cfg), "load", unit="tensor", disable=None):
-        array = _rearrange(cfg, readers[name].get_tensor(name), pattern)
-        flat[path] = _place(flat.get(path), array, layer, leaves[path])
-        flat[path].block_until_ready()  # else the host runs ahead and holds many tensors
-    return traverse_util.unflatten_dict(flat, sep="/")
+def _arrays(cfg: ModelConfig, stored: dict[str, Stored], order: list[Tensor]) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Give each tensor in our layout, as a view of its file."""
+    for tensor in tensorfile.tidily(tqdm(order, "load", unit="tensor", disable=None)):
+        if tensor.name in stored:
+            array = _rearrange(cfg, stored[tensor.name].array(), tensor.pattern)
+        else:
+            array = stored[tensor.path].array()
+            array = array if tensor.layer is None else array[tensor.layer]
+        yield tensor, array
 
 
 def _place(stack: jax.Array | None, array: np.ndarray, layer: int | None, leaf) -> jax.Array:
     """Give each device its part of the tensor, as `leaf` or, of a stacked one, as a layer of it.
 
-    A process reads whole tensors and keeps its devices' parts: no weights go over the network.
+    A process reads its devices' parts from the file: no weights go over the network.
     """
     spec = leaf.sharding.spec if layer is None else PartitionSpec(*leaf.sharding.spec[1:])
     sharding = NamedSharding(leaf.sharding.mesh, spec)
     x = jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
     if layer is None:
-        return x.astype(leaf.dtype)
+        return jnp.array(x, leaf.dtype)  # a copy: on a CPU, x may be the pages of the file themselves
     if stack is None:
         stack = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
     return _set_layer(stack, x, layer)
@@ -212,20 +218,21 @@ def _place(stack: jax.Array | None, array: np.ndarray, layer: int | None, leaf) 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _set_layer(stack, x, layer):
-    return jax.lax.dynamic_update_index_in_dim(stack, x.astype(stack.dtype), layer, 0)
+    """Set a layer of the stack in place; as bits, as XLA for CPUs computes bfloat16 in float32: all of the stack."""
+    bits = jnp.dtype(f"uint{8 * stack.dtype.itemsize}")
+    x = x.astype(stack.dtype).view(bits)
+    return jax.lax.dynamic_update_index_in_dim(stack.view(bits), x, layer, 0).view(stack.dtype)
 
 
 def _leaves(cfg: ModelConfig, dtype) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape, dtype and sharding on the mesh that is set."""
     flat, here = traverse_util.flatten_dict(model.abstract(cfg), sep="/"), jax.sharding.get_mesh()
-    return {path: jax.ShapeDtypeStruct(leaf.shape, dtype,
-                                       sharding=NamedSharding(here, leaf.sharding.spec))
+    return {path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=NamedSharding(here, leaf.sharding.spec))
             for path, leaf in flat.items()}
 
 
-def _restore(cfg: ModelConfig, folder: Path, dtype) -> Params:
-    leaves = traverse_util.unflatten_dict(_leaves(cfg, dtype), sep="/")
-    return ocp.load((folder / "params").absolute(), leaves)
+def _shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(model.abstract(cfg), sep="/").items()}
 
 
 # --- out ------------------------------------------------------------------------------------------
@@ -233,7 +240,7 @@ def _restore(cfg: ModelConfig, folder: Path, dtype) -> Params:
 
 def fingerprint(folder: str | Path) -> str:
     """Name a checkpoint by every byte of what `load` and the tokenizer read of it."""
-    read = ("config.json", "*.safetensors", "*.safetensors.index.json", "params/**/*", *COMPANIONS)
+    read = ("config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS)
     files = sorted({path for pattern in read for path in Path(folder).glob(pattern) if path.is_file()})
     return records.fingerprint(*files)
 
@@ -249,15 +256,16 @@ def export(cfg: ModelConfig, params: Params, folder: str | Path, *, like: str | 
     _check_params(cfg, flat)
     dtype = jnp.dtype(dtype or params["embed"].dtype)
     files = _split(cfg, dtype.itemsize, max_shard_gb * 1e9)
-    with _new_folder(folder) as scratch, \
-            tqdm(total=len(tensors(cfg)), desc="export", unit="tensor", disable=None) as bar:
+    gathered = (_gather(cfg, flat[tensor.path], tensor, dtype)
+                for tensor in tqdm(tensors(cfg), "export", unit="tensor", disable=None))
+    with _new_folder(folder) as scratch:
         _companions(cfg, scratch, like, dtype)
         weight_map = {}
         for number, group in enumerate(files, 1):
-            file = f"model-{number:05}-of-{len(files):05}.safetensors"
-            file = file if len(files) > 1 else "model.safetensors"
-            weight_map |= {tensor.name: file for tensor in group}
-            _write_tensors(scratch / file, cfg, flat, group, dtype, bar)
+            file = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
+            shapes = {tensor.name: hf_shape(cfg, tensor.pattern) for tensor in group}
+            weight_map |= dict.fromkeys(shapes, file)
+            tensorfile.write(scratch / file, shapes, dtype, itertools.islice(gathered, len(group)))
         if len(files) > 1:
             size = cfg.num_params * dtype.itemsize
             _write_json(scratch / "model.safetensors.index.json",
@@ -265,7 +273,7 @@ def export(cfg: ModelConfig, params: Params, folder: str | Path, *, like: str | 
 
 
 def _check_params(cfg: ModelConfig, flat: dict) -> None:
-    expected = {path: leaf.shape for path, leaf in _leaves(cfg, jnp.float32).items()}
+    expected = _shapes(cfg)
     got = {path: leaf.shape for path, leaf in flat.items()}
     problems = [f"{path}: got {got.get(path, 'none')}, expected {expected.get(path, 'none')}"
                 for path in sorted(expected.keys() | got.keys())
@@ -287,22 +295,11 @@ def _split(cfg: ModelConfig, itemsize: int, limit: float) -> list[list[Tensor]]:
     return files
 
 
-def _write_tensors(path: Path, cfg: ModelConfig, flat: dict, group: list[Tensor], dtype, bar):
-    first, arrays = jax.process_index() == 0, {}
-    for tensor in group:
-        array = _gather(cfg, flat[tensor.path], tensor, dtype)  # all processes take part in this
-        if first:
-            arrays[tensor.name] = array
-        bar.update()
-    if first:  # transformers wants the metadata; safetensors makes a file that only we can read
-        safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
-        path.chmod(0o644)
-
-
 def _gather(cfg: ModelConfig, leaf: jax.Array, tensor: Tensor, dtype) -> np.ndarray:
-    whole = multihost_utils.process_allgather(_layer(leaf, tensor.layer, dtype), tiled=True)
+    """Bring a tensor to every host; the devices have rearranged it, as numpy takes ten times as long."""
     theirs, ours = tensor.pattern.split(" -> ")
-    return np.ascontiguousarray(_rearrange(cfg, whole, f"{ours} -> {theirs}"))
+    x = _rearrange(cfg, _layer(leaf, tensor.layer, dtype), f"{ours} -> {theirs}")
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -367,11 +364,15 @@ def _write_json(path: Path, value: dict) -> None:
 
 
 def convert(source: str | Path, folder: str | Path, *, dtype) -> ModelConfig:
-    """Write a checkpoint as stacked arrays, which `load` takes without rearranging them."""
+    """Write a checkpoint as stacked arrays, which `load` takes without rearranging them; the first process does it."""
+    cfg, dtype = config(source), jnp.dtype(dtype)
+    stored, shapes = _stored(cfg, Path(source), []), dict(sorted(_shapes(cfg).items()))
+    order = sorted(tensors(cfg), key=lambda tensor: tensor.path)  # the layers of a path stay in order
     with _new_folder(folder) as scratch:
-        cfg, params = load(source, dtype=dtype)
         _companions(cfg, scratch, source, dtype)
-        ocp.save(scratch / "params", params)
+        if jax.process_index() == 0:
+            arrays = (np.asarray(jax.device_put(array).astype(dtype)) for _, array in _arrays(cfg, stored, order))
+            tensorfile.write(scratch / STACKED, shapes, dtype, arrays)
     return cfg
 
 

@@ -4,7 +4,9 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,9 +15,12 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
+from jax.experimental import multihost_utils
 from ml_collections import config_flags
 from tqdm import tqdm
 
+TERMINATED = 128 + signal.SIGTERM  # exit status of a run that SIGTERM ended, all saved
+LOST = ("Gloo", "closed by peer", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "heartbeat")  # in jax's errors
 PLAIN = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"  # a bar in a file
 
 
@@ -42,7 +47,17 @@ def command(main: Callable) -> None:
         except KeyboardInterrupt:
             print("interrupted; the same command continues", file=sys.stderr, flush=True)
             os._exit(130)  # all is closed; taking jax down while it computes ends in a segmentation fault
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1 or not any(sign in str(error) for sign in LOST):
+                raise
+            print(f"error: host {jax.process_index()} of {jax.process_count()} has lost another one: "
+                  f"{str(error).splitlines()[0]}\nstart the same command on every host again: it continues from the "
+                  "newest checkpoint", file=sys.stderr, flush=True)
+            os._exit(1)  # an orderly end would wait for the host that is gone
         except (ValueError, OSError) as error:
+            if jax.process_count() > 1:  # an orderly end would wait for hosts that do not know of it
+                print(f"error: host {jax.process_index()}: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
             frames = traceback.extract_tb(error.__traceback__)
             if isinstance(error, OSError) or Path(__file__).parent in Path(frames[-1].filename).parents:
                 raise SystemExit(f"error: {error}") from None
@@ -71,17 +86,18 @@ def check_set(config: dict) -> None:
         raise ValueError(f"settings without a value: {' '.join(left_open)}")
 
 
-def claim(folder: str | Path, config: dict, *, free: Sequence[str] = ()) -> Path:
+def claim(folder: str | Path, config: dict, *, free: Sequence[str] = (), scratch: Sequence[str] = ()) -> Path:
     """Make the run folder, or take it up again if it was made with the same config.
 
-    `free` names the settings and sections that change no result, and so may differ.
+    `free` names the settings and sections that change no result, and so may differ; `scratch` what may lie in the
+    folder of a run that has not begun.
 
     Raises:
       ValueError: the folder holds a run of another config; names every key that differs.
     """
     folder, config = Path(folder), json.loads(json.dumps(config, default=str))
     path = folder / "config.json"
-    if path.is_file() and len(os.listdir(folder)) > 1:  # what failed before it made anything may be corrected
+    if path.is_file() and {*os.listdir(folder)} - {path.name, *scratch}:  # what failed at once may be corrected
         was, now = _flat(json.loads(path.read_text())), _flat(config)
         differing = [f"  {key}: this run {now.get(key)!r}, in the folder {was.get(key)!r}"
                      for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)
@@ -120,6 +136,30 @@ def once(book: Path, name: str, work: Callable[[], dict]) -> None:
     say(f"{name}: " + ", ".join(f"{key} {value}" for key, value in did.items()))
 
 
+class Termination:
+    """`with Termination() as ended`: SIGTERM ends a loop behind a step that all hosts agree on, not at once.
+
+    On several hosts the notice reaches jax's coordinator, whichever host got it.
+    """
+
+    def __enter__(self):
+        self.came, self.is_alone = False, jax.process_count() == 1
+        if self.is_alone and threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *error) -> None:
+        if hasattr(self, "before"):
+            signal.signal(signal.SIGTERM, self.before)
+
+    def _note(self, *_) -> None:
+        self.came = True
+
+    def at(self, step: int) -> bool:
+        """Whether this step is the last; to be asked once at every step, on every host."""
+        return self.came if self.is_alone else multihost_utils.reached_preemption_sync_point(step)
+
+
 class Metrics:
     """metrics.jsonl and TensorBoard events of one training run, written by the first host.
 
@@ -141,12 +181,14 @@ class Metrics:
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
             if kept:
                 self.tokens = json.loads(kept[-1])["num_tokens"]
-        self.first_tokens = self.tokens
+        self.first_tokens, self.is_first = self.tokens, True
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log one step's metrics; `tokens` in values counts the real tokens of that step."""
         self.tokens += values.pop("tokens")
         rate = (self.tokens - self.first_tokens) / (time.perf_counter() - self.start)
+        if self.is_first:  # the rate is that of the steps behind the first, which is compiled
+            self.first_tokens, self.start, self.is_first = self.tokens, time.perf_counter(), False
         values |= {"num_tokens": self.tokens, "tokens_per_second": rate}
         shown = {"loss": values["loss"], "acc": values.get("rewards/accuracies")}
         self.bar.set_postfix_str(" ".join(f"{k} {v:.4f}" for k, v in shown.items() if v is not None)

@@ -3,9 +3,14 @@
 The mesh is explicit and always set, on one device too, so that a CPU test runs the code that a pod runs.
 """
 
+import json
+import math
 import os
+import zlib
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
@@ -22,18 +27,35 @@ RULES = {  # what an array axis is -> the mesh axes it is split over
 
 
 def make(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices=None) -> Mesh:
-    """Make the (data, fsdp, tensor) mesh; one size may be -1, "all the devices that are left"."""
+    """Make the (data, fsdp, tensor) mesh; one size may be -1, "all the devices that are left".
+
+    Between the slices of a TPU lies the slow network: only the data axis goes over, whose gradients meet once
+    a micro-batch.
+    """
     devices = jax.devices() if devices is None else devices
     shape = [data, fsdp, tensor]
     if any(size == 0 or size < -1 for size in shape) or shape.count(-1) > 1:
         raise ValueError(f"mesh: got {dict(zip(AXES, shape, strict=True))}, expected sizes >= 1 and at most one -1")
     if -1 in shape:
-        known = -data * fsdp * tensor
-        shape[shape.index(-1)] = max(len(devices) // known, 1)
-    if shape[0] * shape[1] * shape[2] != len(devices):
-        raise ValueError(f"mesh: {dict(zip(AXES, shape, strict=True))} needs {shape[0] * shape[1] * shape[2]} "
-                         f"devices, there are {len(devices)}")
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+        shape[shape.index(-1)] = max(len(devices) // -math.prod(shape), 1)
+    if math.prod(shape) != len(devices):
+        raise ValueError(f"mesh: {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices, there are "
+                         f"{len(devices)}")
+    slices = _num_slices(devices)
+    if shape[0] % slices:
+        raise ValueError(f"mesh: got data = {shape[0]} on {slices} slices, expected a multiple of {slices}: only the "
+                         "data axis goes from slice to slice")
+    within = (shape[0] // slices, *shape[1:])
+    if slices > 1:
+        placed = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    else:
+        placed = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def _num_slices(devices) -> int:
+    # A GPU's slice_index is its host, and fsdp may go over hosts: their devices come host by host.
+    return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
 
 
 def spec(*axes: str | None) -> PartitionSpec:
@@ -46,19 +68,52 @@ def sharding(*axes: str | None) -> NamedSharding:
     return NamedSharding(jax.sharding.get_mesh(), spec(*axes))
 
 
+def sum_over_rows(partial):
+    """Within a shard_map: add up what all devices with rows have of an array [V D], each keeping its part of D."""
+    others = [axis for axis in RULES["rows"] if axis != RULES["embed"]]
+    return jax.lax.psum(jax.lax.psum_scatter(partial, RULES["embed"], scatter_dimension=1, tiled=True), others)
+
+
 def num_row_shards() -> int:
     """Over how many device groups the rows of a batch are split."""
     shape = jax.sharding.get_abstract_mesh().shape  # inside jit too
     return shape["data"] * shape["fsdp"]
 
 
-def start_hosts() -> None:
-    """Join the other hosts: under srun, on a TPU VM, or by JAX_COORDINATOR_ADDRESS, _NUM_PROCESSES and _PROCESS_ID."""
+def check_rows(rows_per_batch: int, accumulate: int) -> None:
+    """Every host feeds row shards of its own, and every micro-batch takes rows from every device."""
+    shards, hosts = num_row_shards(), jax.process_count()
+    if shards % hosts:
+        raise ValueError(f"mesh: data x fsdp = {shards} does not divide over {hosts} hosts; the tensor axis has to "
+                         "stay within a host")
+    if rows_per_batch < 1 or rows_per_batch % (shards * accumulate):
+        raise ValueError(f"data.rows_per_batch: got {rows_per_batch}, expected a multiple of {shards * accumulate} = "
+                         f"mesh.data x mesh.fsdp ({shards}) x compute.accumulate ({accumulate})")
+
+
+def start_hosts(*, saves_on_sigterm: bool = False) -> None:
+    """Join the other hosts: under srun, on a TPU VM, or by JAX_COORDINATOR_ADDRESS, _NUM_PROCESSES and _PROCESS_ID.
+
+    `saves_on_sigterm`: jax takes SIGTERM for a notice that the program asks after. Else it ends the process, as usual.
+    """
+    jax.config.update("jax_enable_preemption_service", saves_on_sigterm)
     is_tpu = any(os.path.exists(device) for device in ("/dev/accel0", "/dev/vfio/0"))
     is_srun = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1  # SLURM_NTASKS is set in a bare allocation too
     if os.environ.get("JAX_COORDINATOR_ADDRESS") or is_srun or is_tpu:
         said = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}  # jax reads the address alone
-        jax.distributed.initialize(**{key: int(os.environ[name]) for key, name in said.items() if name in os.environ})
+        said = {key: int(os.environ[name]) for key, name in said.items() if name in os.environ}
+        if is_srun and os.environ["SLURM_STEP_NUM_TASKS"] == os.environ["SLURM_STEP_NUM_NODES"]:
+            # A process alone on its node drives all of its GPUs; jax would give it the first.
+            said["local_device_ids"] = list(range(int(os.environ.get("SLURM_GPUS_ON_NODE", "1"))))
+        jax.distributed.initialize(**said)
+
+
+def check_same(what: str, value) -> None:
+    """Refuse to go on if a value that goes into JSON is not the same on all hosts."""
+    mine = zlib.crc32(json.dumps(value, sort_keys=True, default=str).encode())
+    found = multihost_utils.process_allgather(np.uint32(mine))
+    if len(set(np.ravel(found).tolist())) > 1:
+        raise ValueError(f"hosts: {what} differ: the same command has to be started on all of them, on the same files")
 
 
 def wait_for_hosts(what: str) -> None:

@@ -9,13 +9,16 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from align_jax import mesh
 from align_jax.mesh import spec
 
 Params = dict  # {"embed", "final_norm", "head"?, "layers": {...}} of arrays
@@ -51,6 +54,8 @@ class ModelConfig:
     tied: bool = False  # the output head is the embedding
     max_length: int = 2048  # positions the checkpoint was trained for
     init_scale: float = 0.02
+    r: int = 0  # rank of the adapters beside the matrices of a layer, see lora.py; 0: there are none
+    alpha: float = 16.0  # what they add is scaled by alpha / r
 
     @property
     def num_params(self) -> int:
@@ -63,52 +68,67 @@ def _weight(rngs: nnx.Rngs, shape, axes, scale: float) -> nnx.Param:
     return nnx.Param(init(rngs.params(), shape, jnp.float32, out_sharding=spec(*axes)))
 
 
+def _matrix(cfg: ModelConfig, rngs: nnx.Rngs, axes: str, scale: float) -> nnx.Param:
+    return _weight(rngs, (cfg.L, *(getattr(cfg, axis) for axis in axes)), (None, *map(STORED.get, axes)), scale)
+
+
 def _fill(value: float, shape, axes) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=spec(*axes)))
+
+
+MATRICES = {  # of a layer: the axes that each takes in, and those that it gives
+    "q": ("D", "NH"), "k": ("D", "KH"), "v": ("D", "KH"), "o": ("NH", "D"),
+    "gate": ("D", "F"), "up": ("D", "F"), "down": ("F", "D"),
+}
+SPLIT = {"N": "heads", "K": "heads", "F": "mlp"}  # axes of activations on the mesh; others are whole
+STORED = SPLIT | {"D": "embed"}  # and of weights
 
 
 class Layers(nnx.Module):
     """All the decoder layers, each array stacked on L; inside a scan the same object is one layer."""
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
-        L, D, N, K, H, F = cfg.L, cfg.D, cfg.N, cfg.K, cfg.H, cfg.F
+        L, D, N, K, H = cfg.L, cfg.D, cfg.N, cfg.K, cfg.H
         small = cfg.init_scale / math.sqrt(2 * L)  # GPT-2's: keeps the residual stream's scale at any depth
         self.attn_norm = _fill(1.0, (L, D), (None, None))
-        self.q = _weight(rngs, (L, D, N, H), (None, "embed", "heads", None), cfg.init_scale)
-        self.k = _weight(rngs, (L, D, K, H), (None, "embed", "heads", None), cfg.init_scale)
-        self.v = _weight(rngs, (L, D, K, H), (None, "embed", "heads", None), cfg.init_scale)
-        self.o = _weight(rngs, (L, N, H, D), (None, "heads", None, "embed"), small)
         self.mlp_norm = _fill(1.0, (L, D), (None, None))
-        self.gate = _weight(rngs, (L, D, F), (None, "embed", "mlp"), cfg.init_scale)
-        self.up = _weight(rngs, (L, D, F), (None, "embed", "mlp"), cfg.init_scale)
-        self.down = _weight(rngs, (L, F, D), (None, "mlp", "embed"), small)
+        for name, (inner, outer) in MATRICES.items():
+            setattr(self, name, _matrix(cfg, rngs, inner + outer, small if outer == "D" else cfg.init_scale))
         if cfg.qkv_bias:
             self.q_bias = _fill(0.0, (L, N, H), (None, "heads", None))
             self.k_bias = _fill(0.0, (L, K, H), (None, "heads", None))
             self.v_bias = _fill(0.0, (L, K, H), (None, "heads", None))
         if cfg.o_bias:
             self.o_bias = _fill(0.0, (L, D), (None, None))
+        if cfg.r:
+            self.adapter_scale = cfg.alpha / cfg.r
+            for name, (inner, outer) in MATRICES.items():
+                fan_in = math.prod(getattr(cfg, axis) for axis in inner)
+                setattr(self, name + "_a", _matrix(cfg, rngs, inner + "r", (3 * fan_in) ** -0.5))  # peft's variance
+                setattr(self, name + "_b", _matrix(cfg, rngs, "r" + outer, 0.0))
 
     def __call__(self, x, rotate: Callable, attend: Callable, eps: float):
         """Run one layer; `attend(q, k, v) -> (mixed, kept)` decides what is seen and what is kept."""
         y = rms_norm(x, self.attn_norm, eps)
         q, k, v = (self._project(y, name) for name in "qkv")
         mixed, kept = attend(rotate(q), rotate(k), v)
-        y = jnp.einsum("RTNH,NHD->RTD", mixed, _cast(self.o, x), out_sharding=spec("rows", None, None))
-        x = x + (y + _cast(self.o_bias, x) if hasattr(self, "o_bias") else y)
-
+        x = x + self._project(mixed, "o")
         y = rms_norm(x, self.mlp_norm, eps)
-        wide = spec("rows", None, "mlp")
-        gate = jnp.einsum("RTD,DF->RTF", y, _cast(self.gate, x), out_sharding=wide)
-        up = jnp.einsum("RTD,DF->RTF", y, _cast(self.up, x), out_sharding=wide)
-        y = jnp.einsum("RTF,FD->RTD", jax.nn.silu(gate) * up, _cast(self.down, x),
-                       out_sharding=spec("rows", None, None))
-        return x + y, kept
+        y = jax.nn.silu(self._project(y, "gate")) * self._project(y, "up")
+        return x + self._project(y, "down"), kept
 
-    def _project(self, y, name: str):
-        weight, bias = getattr(self, name), getattr(self, name + "_bias", None)
-        out = jnp.einsum("RTD,DNH->RTNH", y, _cast(weight, y), out_sharding=spec("rows", None, "heads", None))
-        return out if bias is None else out + _cast(bias, y)
+    def _project(self, x, name: str):
+        """x W + bias, and (alpha / r) (x A) B where there are adapters."""
+        inner, outer = MATRICES[name]
+        times = partial(jnp.einsum, out_sharding=spec("rows", None, *map(SPLIT.get, outer)))
+        y = times(f"RT{inner},{inner}{outer}->RT{outer}", x, _cast(getattr(self, name), x))
+        if hasattr(self, name + "_bias"):
+            y += _cast(getattr(self, name + "_bias"), x)
+        if hasattr(self, name + "_a"):
+            A, B = (_cast(getattr(self, name + side), x) for side in ("_a", "_b"))
+            low = jnp.einsum(f"RT{inner},{inner}r->RTr", x, A, out_sharding=spec("rows", None, None))
+            y += times(f"RTr,r{outer}->RT{outer}", self.adapter_scale * low, B)
+        return y
 
 
 class Transformer(nnx.Module):
@@ -133,27 +153,49 @@ def abstract(cfg: ModelConfig) -> Params:
 
 
 def hidden(cfg: ModelConfig, params: Params, tokens: Int[Array, "R T"], positions: Int[Array, "R T"],
-           segments: Int[Array, "R T"], *, dtype=jnp.float32, remat: str = "none",
-           ) -> Float[Array, "R T D"]:
-    """Run the packed rows: a token sees earlier tokens of its own segment. Segment 0 is padding."""
+           attend: Callable, *, dtype=jnp.float32, remat: str = "none") -> Float[Array, "R T D"]:
+    """Run packed rows; `attend(q [R T N H], k [R T K H], v) -> [R T N H]` says which token sees which."""
     if remat not in REMAT:
         raise ValueError(f"remat: got {remat!r}, available are {sorted(REMAT)}")
     rotate = rotation(cfg.rope, positions, cfg.H, dtype)
-    mask = segment_mask(segments)
 
     def layer(x, weights):
-        return _layer(cfg, weights)(x, rotate, lambda q, k, v: (attention(q, k, v, mask), None), cfg.norm_eps)
+        x = checkpoint_name(x, "layer_input")
+        return _layer(cfg, weights)(x, rotate, lambda q, k, v: (attend(q, k, v), None), cfg.norm_eps)
 
-    layer = layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat])
+    layer = layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
     x, _ = jax.lax.scan(layer, embed(params, tokens, dtype), params["layers"])
     return rms_norm(x, params["final_norm"], cfg.norm_eps)
 
 
 def embed(params: Params, tokens: Int[Array, "R T"], dtype) -> Float[Array, "R T D"]:
     """Look the tokens up."""
+    return _lookup(params["embed"], tokens, jnp.dtype(dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _lookup(table, tokens, dtype):
     # Gather the table over fsdp first: a lookup in a table split over D would reshard the activations.
-    table = jax.sharding.reshard(params["embed"].astype(dtype), spec("vocab", None))
+    table = jax.sharding.reshard(table.astype(dtype), spec("vocab", None))
     return table.at[tokens].get(out_sharding=spec("rows", None, None))
+
+
+def _lookup_backward(dtype, kept, g):
+    specs = spec("vocab", "embed"), spec("rows", None), spec("rows", None, None)
+    return jax.shard_map(_add_up, in_specs=specs, out_specs=specs[0], check_vma=False)(*kept, g), None
+
+
+def _add_up(table, tokens, g):
+    """The gradient of this device's part of the table, summed in fp32: in bf16 a frequent token's stops growing."""
+    size = table.shape[0]
+    at = tokens.reshape(-1) - jax.lax.axis_index(mesh.RULES["vocab"]) * size
+    at = jnp.where((at >= 0) & (at < size), at, size)  # beyond the end, and so dropped: another device's
+    sums = jnp.zeros((size, g.shape[-1]), jnp.float32).at[at].add(
+        g.reshape(-1, g.shape[-1]).astype(jnp.float32), mode="drop")
+    return mesh.sum_over_rows(sums).astype(table.dtype)
+
+
+_lookup.defvjp(lambda table, tokens, dtype: (_lookup(table, tokens, dtype), (table, tokens)), _lookup_backward)
 
 
 def head(params: Params, dtype) -> Float[Array, "V D"]:
@@ -168,10 +210,15 @@ def unembed(head: Float[Array, "V D"], x: Float[Array, "*B D"]) -> Float[Array, 
                       out_sharding=spec("rows", *middle, "vocab"))
 
 
-REMAT = {  # what is kept of a layer for the backward pass
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+_policies = jax.checkpoint_policies
+REMAT = {  # what is kept of a layer for the backward pass, beside its input
+    "none": None,  # all of it
+    "dots": _policies.dots_with_no_batch_dims_saveable,  # what the matrix products gave
+    "mixed": _policies.save_only_these_names("mixed"),  # what attention gave: it is not run again (but by cuDNN)
+    "full": _policies.nothing_saveable,
+    "offload": _policies.save_and_offload_only_these_names(  # the inputs too wait in the host's memory
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["layer_input", "mixed"],
+        offload_src="device", offload_dst="pinned_host"),
 }
 
 
@@ -197,25 +244,6 @@ def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float) ->
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
     return y.astype(x.dtype) * _cast(weight, x)
-
-
-def segment_mask(segments: Int[Array, "R T"]) -> Array:
-    """[R 1 1 T S]: query t sees key s of its own segment with s <= t."""
-    T = segments.shape[1]
-    causal = jnp.tril(jnp.ones((T, T), bool))
-    return ((segments[:, :, None] == segments[:, None, :]) & causal)[:, None, None]
-
-
-def attention(q: Float[Array, "R T N H"], k: Float[Array, "R S K H"], v: Float[Array, "R S K H"],
-              mask: Array) -> Float[Array, "R T N H"]:
-    """Masked grouped-query attention; logits and softmax in fp32."""
-    R, T, N, H = q.shape
-    K = k.shape[2]
-    q = q.reshape(R, T, K, N // K, H, out_sharding=spec("rows", None, "heads", None, None))
-    logits = jnp.einsum("RTKGH,RSKH->RKGTS", q, k, preferred_element_type=jnp.float32) * H**-0.5
-    weights = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), axis=-1).astype(q.dtype)
-    mixed = jnp.einsum("RKGTS,RSKH->RTKGH", weights, v)
-    return mixed.reshape(R, T, N, H, out_sharding=spec("rows", None, "heads", None))
 
 
 def rotation(rope: Rope, positions: Int[Array, "R T"], H: int, dtype) -> Callable:

@@ -126,6 +126,14 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Summed log-probs of an example's completions under the reference model."""
+
+    id: str
+    logps: list
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
     """One completion a model wrote; `finish` is "stop" (EOS or a stop string) or "length"."""
 
@@ -173,34 +181,51 @@ def read(path: str | Path, kind: type, *, bad_lines: str = "stop") -> list:
 
 
 def read_counted(path: str | Path, kind: type, *, bad_lines: str = "stop") -> tuple[list, Counter]:
-    """Read a JSONL file of `kind`; bad lines stop the run, or are skipped and counted by reason.
+    """Read a JSONL file of `kind` whole; see `stream`. Also return what was skipped, by reason."""
+    bad = Counter()
+    return [record for _, record in stream(path, kind, bad_lines=bad_lines, bad=bad)], bad
+
+
+def stream(path: str | Path, kind: type, *, bad_lines: str = "stop", bad: Counter | None = None,
+           share: tuple[int, int] = (0, 1)) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, record) of a JSONL file (.gz too); bad lines stop the run, or are skipped and counted.
 
     A line is bad when it is not UTF-8, not a JSON object, lacks a field, has a field of another type, has
     an empty completion, or repeats an explicit id. A record without `id` gets one from its line and content.
+    `bad` counts what is skipped, by reason. `share` (i, n) parses every n-th line from the i-th on, and no other.
 
     Raises:
-      ValueError: how many lines are bad, with file, number and reason of the first ten, when `bad_lines="stop"`;
-        and always at a gzip file that breaks off, since nobody can count what it lost.
+      ValueError: how many lines are bad, with file, number and reason of the first ten, behind the last record
+        when `bad_lines="stop"`; and always at a gzip file that breaks off, since nobody can count what it lost.
     """
     if bad_lines not in ("stop", "skip"):
         raise ValueError(f"bad_lines: got {bad_lines!r}, expected 'stop' or 'skip'")
-    found, problems, seen = [], [], {}
+    problems, seen = [], {}
     for number, raw in _lines(path):
         if number == 1 and raw.lstrip().startswith(b"["):
             raise ValueError(f"{path}: begins with '[', a JSON array; expected JSONL, one object a line")
+        if number % share[1] != share[0]:
+            continue
         try:
             record = _parse(raw, kind, number)
             key = getattr(record, "id", None)
             if key is not None and seen.setdefault(key, number) != number:
                 raise ValueError(f"duplicate id: {key!r} is also on line {seen[key]}")
-            found.append(record)
         except ValueError as error:
             problems.append((number, str(error)))
+            continue
+        yield number, record
+    if bad is not None:
+        bad.update(what.split(":")[0] for _, what in problems)
     if problems and bad_lines == "stop":
         shown = "\n".join(f"  {path}:{number}: {what}" for number, what in problems[:10])
         more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ValueError(f"{len(problems)} bad line(s) in {path}, expected {kind.__name__}:\n{shown}{more}")
-    return found, Counter(what.split(":")[0] for _, what in problems)
+
+
+def count(path: str | Path) -> int:
+    """Count the lines that hold something."""
+    return sum(1 for _ in _lines(path))
 
 
 def rows(path: str | Path) -> list[dict]:

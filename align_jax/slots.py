@@ -14,7 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from align_jax import model
+from align_jax import attention, model
 from align_jax.mesh import spec
 from align_jax.model import ModelConfig, Params
 
@@ -50,7 +50,8 @@ def prefill(cfg: ModelConfig, params: Params, prefix: list, offset, tokens, leng
     """
     T = tokens.shape[1]
     at = jnp.arange(T) - (T - lengths[:, None])
-    mask = model.segment_mask((at >= 0).astype(jnp.int32))
+    is_real = (at >= 0).astype(jnp.int32)
+    mask = attention.visible(is_real, jnp.zeros_like(is_real))[:, None, None]
 
     def keep(q, k, v, before):
         own = jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)

@@ -1,7 +1,7 @@
 """Log-probs of packed rows, and the sharded train step that every objective shares.
 
-`score_tokens` is the one function that makes log-probs: training, reference passes and evaluation use it. Logits
-exist for a chunk of positions at a time and are recomputed in the backward pass, so no [R T V] array exists.
+`score_tokens` is the one function that makes log-probs: training, reference passes and evaluation use it. No
+[R T V] array exists: see logprob.py.
 """
 
 import dataclasses
@@ -12,12 +12,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from align_jax import losses, mesh, model
+from align_jax import attention, logprob, lora, losses, mesh, model
 from align_jax.model import ModelConfig, Params
 
-Batch = dict  # tokens positions segments slots [R T], ref_logps weight [R P C]; see data.py
+Batch = dict  # tokens positions segments branches sources slots [R T], ref_logps weight [R P C]; see data.py
 
 
 @jax.tree_util.register_dataclass
@@ -32,11 +32,12 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How the numbers are made: dtype of activations, remat policy, positions a log-prob chunk."""
+    """How the numbers are made; `chunk` is of tokens that a device has logits of at once."""
 
     dtype: str = "bfloat16"
     remat: str = "full"
-    chunk: int = 256
+    chunk: int = 1024
+    attention: str = "auto"
     accumulate: int = 1
 
     def __post_init__(self):
@@ -44,6 +45,8 @@ class Compute:
             raise ValueError(f"compute.dtype: got {self.dtype!r}, available are 'float32' and 'bfloat16'")
         if self.remat not in model.REMAT:
             raise ValueError(f"compute.remat: got {self.remat!r}, available are {sorted(model.REMAT)}")
+        if self.attention not in ("auto", *attention.KERNELS):
+            raise ValueError(f"compute.attention: got {self.attention!r}, available are {['auto', *attention.KERNELS]}")
         if self.chunk < 1 or self.accumulate < 1:
             raise ValueError(f"compute: got chunk {self.chunk}, accumulate {self.accumulate}, expected 1 or more")
 
@@ -82,21 +85,18 @@ def objective(name: str, **hyper) -> Objective:
     return Objective(partial(losses.LOSSES[name], **hyper), losses.COMPLETIONS[name], beta, name == "sft")
 
 
-def score_tokens(cfg: ModelConfig, params: Params, tokens: Int[Array, "R T"], positions: Int[Array, "R T"],
-                 segments: Int[Array, "R T"], *, compute: Compute) -> Float[Array, "R T"]:
-    """Log-probability, fp32, of every token given those before it in its segment.
-
-    The first position of a segment has no meaning: nothing precedes it.
-    """
-    x = model.hidden(cfg, params, tokens, positions, segments, dtype=jnp.dtype(compute.dtype),
+def score_tokens(cfg: ModelConfig, params: Params, batch: Batch, *, compute: Compute) -> Float[Array, "R T"]:
+    """Log-probability, fp32, of every token that has a slot, given what it sees; 0 of the others."""
+    attend = attention.make(batch["segments"], batch["branches"], compute.attention)
+    x = model.hidden(cfg, params, batch["tokens"], batch["positions"], attend, dtype=jnp.dtype(compute.dtype),
                      remat=compute.remat)
-    following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))  # not jnp.roll: jax 0.11 cannot roll a batch of one row
-    return jnp.pad(_chunked_logps(params, x, following, chunk=compute.chunk)[:, :-1], ((0, 0), (1, 0)))
+    head = params.get("head", params["embed"]).astype(x.dtype)
+    return logprob.of_tokens(head, x, batch["tokens"], batch["sources"], batch["slots"] >= 0, compute.chunk)
 
 
 def completion_logps(cfg: ModelConfig, params: Params, batch: Batch, *, compute: Compute):
     """Summed log-probs and token counts of every completion slot: two arrays [R P C]."""
-    logps = score_tokens(cfg, params, batch["tokens"], batch["positions"], batch["segments"], compute=compute)
+    logps = score_tokens(cfg, params, batch, compute=compute)
     shape = batch["weight"].shape
     is_of_slot = batch["slots"][..., None] == jnp.arange(shape[1] * shape[2])  # [R T PC]
     sums = jnp.sum(jnp.where(is_of_slot, logps[..., None], 0.0), axis=1)
@@ -104,13 +104,19 @@ def completion_logps(cfg: ModelConfig, params: Params, batch: Batch, *, compute:
 
 
 def make_step(cfg: ModelConfig, objective: Objective, tx: optax.GradientTransformation, *,
-              compute: Compute) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-    """Make the jitted step(state, batch) -> (state, metrics); the state is donated."""
+              compute: Compute) -> Callable[..., tuple[TrainState, dict]]:
+    """Make the jitted step(state, batch, frozen) -> (state, metrics).
+
+    The state is donated. `frozen` are the parameters that no gradient is taken of, those that `lora.split` leaves;
+    without it all are trained.
+    """
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: Batch):
-        grads, sums = _accumulate(jax.grad(partial(_sums, cfg, objective, compute), has_aux=True),
-                                  state.params, batch, compute.accumulate)
+    def step(state: TrainState, batch: Batch, frozen: Params | None = None):
+        def sums_of(params, rows):
+            return _sums(cfg, objective, compute, lora.join(params, frozen or {}), rows)
+
+        grads, sums = _accumulate(jax.grad(sums_of, has_aux=True), state.params, batch, compute.accumulate)
         # Σ over Σ: with packing, micro-batches hold different numbers of examples.
         counted = sums["scored"] if objective.per_token else sums["examples"]
         grads = jax.tree.map(lambda g: g / jnp.maximum(counted, 1.0), grads)
@@ -126,27 +132,6 @@ def make_scorer(cfg: ModelConfig, *, compute: Compute) -> Callable[[Params, Batc
     return jax.jit(lambda params, batch: completion_logps(cfg, params, batch, compute=compute)[0])
 
 
-def _chunked_logps(params: Params, x, targets, *, chunk: int):
-    """Log-probs of targets [R T] at states x [R T D], a chunk of positions at a time."""
-    R, T, D = x.shape
-    head = model.head(params, x.dtype)
-    num = -(-T // chunk)
-    size = -(-T // num)  # of a chunk; the last one is filled up
-    x, targets = (jnp.pad(a, ((0, 0), (0, num * size - T), *((0, 0),) * (a.ndim - 2))) for a in (x, targets))
-
-    @jax.checkpoint
-    def of_chunk(chunked):
-        x, targets = chunked
-        logits = model.unembed(head, x)  # [R size V]
-        # Compare and sum instead of gathering: it works, and reduces, where V is split over devices.
-        ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2, out_sharding=jax.typeof(logits).sharding)
-        picked = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
-        return picked - jax.nn.logsumexp(logits, axis=-1)
-
-    split = (jnp.moveaxis(x.reshape(R, num, size, D), 1, 0), jnp.moveaxis(targets.reshape(R, num, size), 1, 0))
-    return jnp.moveaxis(jax.lax.map(of_chunk, split), 0, 1).reshape(R, num * size)[:, :T]
-
-
 def _sums(cfg, objective, compute, params, batch):
     """Sum of the weighted losses over the batch, and the sums of everything that is logged."""
     policy, lengths = completion_logps(cfg, params, batch, compute=compute)
@@ -157,9 +142,15 @@ def _sums(cfg, objective, compute, params, batch):
         "logps/completion": policy[..., 0]}
     sums = {name: jnp.sum(weight * value) for name, value in logged.items()}
     sums |= {"examples": jnp.sum(weight), "scored": jnp.sum(weight[..., None] * lengths),
-             "tokens": jnp.sum(batch["segments"] > 0).astype(jnp.float32),
+             "tokens": _count_tokens(batch),
              "ref_gap": jnp.max(jnp.abs(policy - ref) / jnp.sqrt(jnp.maximum(lengths, 1)) * weight[..., None])}
     return sums["loss"], sums
+
+
+def _count_tokens(batch):
+    """Tokens of all completions with their prompts, as if no prompt were shared: TRL's num_tokens."""
+    times = jnp.where(batch["branches"] == 0, batch["weight"].shape[-1], 1)
+    return jnp.sum(times * (batch["segments"] > 0)).astype(jnp.float32)
 
 
 def _pair_metrics(policy, ref, scale: float) -> dict:
@@ -197,5 +188,5 @@ def _accumulate(grad: Callable, params: Params, batch: Batch, num_micro: int):
         return (grads, sums | {"ref_gap": gap}), None
 
     names = jax.eval_shape(grad, params, jax.tree.map(lambda value: value[0], micro))[1]
-    nothing = jax.tree.map(jnp.zeros_like, params), {name: jnp.zeros(()) for name in names}
+    nothing = optax.tree.zeros_like(params, dtype=jnp.float32), {name: jnp.zeros(()) for name in names}
     return jax.lax.scan(add, nothing, micro)[0]

@@ -6,7 +6,7 @@
 `n` is how many answers a prompt had when best and worst were picked; it alone sets beta. n = 8 and alpha = 0.005
 are the paper's (arXiv:2406.00832; its released beta of 0.0275482094 is that of n = 8). Expect loss/ipo of
 ((n - 1) H_{n-1})^2 = 329.4 at step 1, and a gradient far above the clip: Adam takes the scale out.
-`objective.name=bonbon_released` trains what the released code trains.
+`objective.name=bonbon_released` trains what the released code trains. Memory, and LoRA, as in configs/dpo.py.
 `configs/bonbon.py:smoke` takes a minute on a CPU.
 """
 
@@ -29,8 +29,10 @@ def get_config(arg: str = ""):
             "bad_lines": "stop",  # or "skip" and count
         },
         "objective": {"name": "bonbon", "n": 8, "alpha": 0.005},
-        "optim": {"lr": 1e-6, "warmup": 0.1, "decay": "cosine", "weight_decay": 0.0, "clip": 1.0},
-        "compute": {"dtype": "bfloat16", "remat": "full", "chunk": 256, "accumulate": 1},
+        "optim": {"lr": 1e-6, "warmup": 0.1, "decay": "cosine", "weight_decay": 0.0, "clip": 1.0,
+                  "offload": False},  # True: Adam's 8 bytes a parameter wait in the host's memory
+        "lora": {"rank": 0, "alpha": 16.0, "base_dtype": "bfloat16"},  # rank 0: all weights are trained
+        "compute": {"dtype": "bfloat16", "remat": "full", "attention": "auto", "chunk": 1024, "accumulate": 1},
         "mesh": {"data": 1, "fsdp": -1, "tensor": 1},  # -1: all the devices that are left
         "ckpt": {"every": 200, "keep": 2, "export": "bfloat16"},
     })

@@ -5,8 +5,8 @@
 
 Two epochs, after which the study saw the evaluation loss level off; learning rate, batch and warm-up are
 SelfCodeAlign's for data that the model wrote itself (arXiv:2410.24198, C.3). A file of prompt and completion takes
-`--config.data.kind=examples`. A 7B model needs 16 bytes a parameter, 112 GB, over the devices of mesh.fsdp.
-`configs/sft.py:smoke` takes a minute on a CPU.
+`--config.data.kind=examples`. A 7B model needs 16 bytes a parameter, 112 GB, over the devices of mesh.fsdp; with LoRA
+(configs/dpo.py) 2.2. `configs/sft.py:smoke` takes a minute on a CPU.
 """
 
 from ml_collections import ConfigDict
@@ -28,8 +28,10 @@ def get_config(arg: str = ""):
             "bad_lines": "stop",  # or "skip" and count
         },
         "objective": {"name": "sft"},
-        "optim": {"lr": 1e-5, "warmup": 0.05, "decay": "linear", "weight_decay": 0.0, "clip": 1.0},
-        "compute": {"dtype": "bfloat16", "remat": "full", "chunk": 256, "accumulate": 1},
+        "optim": {"lr": 1e-5, "warmup": 0.05, "decay": "linear", "weight_decay": 0.0, "clip": 1.0,
+                  "offload": False},  # True: Adam's 8 bytes a parameter wait in the host's memory
+        "lora": {"rank": 0, "alpha": 16.0, "base_dtype": "bfloat16"},  # rank 0: all weights are trained
+        "compute": {"dtype": "bfloat16", "remat": "full", "attention": "auto", "chunk": 1024, "accumulate": 1},
         "mesh": {"data": 1, "fsdp": -1, "tensor": 1},  # -1: all the devices that are left
         "ckpt": {"every": 200, "keep": 2, "export": "bfloat16"},
     })

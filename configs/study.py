@@ -33,6 +33,6 @@ def get_config(arg: str = "") -> ConfigDict:
         for stage, module in {"sft": sft, "dpo": dpo, "bonbon": bonbon}.items():
             recipe = module.get_config()
             del recipe.data["path"]
-            c.train[stage].update({section: recipe[section] for section in ("data", "objective", "optim", "compute",
-                                                                            "ckpt")})
+            c.train[stage].update({section: recipe[section] for section in ("data", "objective", "optim", "lora",
+                                                                            "compute", "ckpt")})
     return c

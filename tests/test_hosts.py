@@ -1,12 +1,13 @@
 """Two real processes, joined over the loopback device: the numbers of one process, on any number of hosts."""
 
-import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,17 +15,20 @@ import pytest
 from align_jax import log, records
 
 ROOT = Path(__file__).parents[1]
-DYING = """
+ENDING = """
 import os, runpy, signal, sys, time
+import jax
 from align_jax import log
+host, step, name = sys.argv.pop(1).split(",")
 write = log.Metrics.write
-def write_and_die(metrics, step, values):
-    write(metrics, step, values)
-    if step == 6:
-        while not (metrics.path.parent / "checkpoints" / "4").exists():  # which is being saved on the side
+def write_and_end(metrics, number, values):
+    write(metrics, number, values)
+    if number == int(step) and jax.process_index() == int(host):
+        while name == "SIGKILL" and not (metrics.path.parent / "checkpoints" / "4").exists():  # saved on the side
             time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGKILL)
-log.Metrics.write = write_and_die
+        os.kill(os.getpid(), getattr(signal, name))
+        time.sleep(3)  # jax looks for the notice once a second
+log.Metrics.write = write_and_end
 runpy.run_module("align_jax.train", run_name="__main__")
 """
 FACTORY = """
@@ -63,13 +67,10 @@ def start(*command: str, hosts: int, devices: int = 1) -> list[tuple[int, str]]:
         outputs = []
         for process in running:
             outputs.append(process.communicate(timeout=150)[0])
-            if process.returncode == -signal.SIGKILL:
-                break  # what becomes of the others is the cluster's business; here they end with it
     finally:
         for process in running:
             process.kill()
             process.wait()
-    outputs += [process.stdout.read() for process in running[len(outputs):]]
     return [(process.returncode, output) for process, output in zip(running, outputs, strict=True)]
 
 
@@ -78,9 +79,9 @@ def train(run: Path, mesh: tuple[int, int, int], *, hosts: int, program=("-m", "
     return start(*program, "--config=configs/dpo.py:smoke", f"--config.run={run}", *axes, hosts=hosts, **settings)
 
 
-def finished(ended: list[tuple[int, str]]) -> str:
-    """The output of the first host, once all of them came to their end."""
-    assert [status for status, _ in ended] == [0] * len(ended), "\n".join(output for _, output in ended)
+def finished(ended: list[tuple[int, str]], status: int = 0) -> str:
+    """The output of the first host, once all of them came to the same end."""
+    assert [found for found, _ in ended] == [status] * len(ended), "\n".join(output for _, output in ended)
     return ended[0][1]
 
 
@@ -92,16 +93,28 @@ def same_losses(run: Path, one: Path) -> None:
             expected[k] for k in ("step", "examples", "num_tokens")]
 
 
+EIGHT = (1, 4, 2)  # four row shards, two hosts with two each; the tensor axis stays within a host
+
+
+def on_two(run: Path, **settings):
+    return train(run, EIGHT, hosts=2, devices=4, **settings)
+
+
+def ending(host: int, step: int, how: str) -> dict:
+    """The program that ends `host` by a signal behind a step."""
+    return {"program": ("-c", ENDING, f"{host},{step},{how}")}
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
-    """The run of one process, to compare with."""
+    """The run of one process with eight devices, to compare with."""
     run = tmp_path_factory.mktemp("one") / "run"
-    finished(train(run, (1, 1, 1), hosts=1))
+    finished(train(run, EIGHT, hosts=1, devices=8))
     return run
 
 
 @pytest.mark.parametrize("mesh, devices, program", [
-    pytest.param((1, 2, 1), 1, ("-m", "align_jax.train"), id="in order"),
+    pytest.param(EIGHT, 4, ("-m", "align_jax.train"), id="in order"),
     # The devices of the mesh are not in the order of the hosts, as on a TPU.
     pytest.param((2, 2, 1), 2, ("-c", PERMUTED), id="permuted", marks=pytest.mark.slow),
 ])
@@ -111,19 +124,64 @@ def test_two_processes_train_as_one_does(one, tmp_path, mesh, devices, program):
     assert "1 compilation(s)" in output
     same_losses(run, one)
     assert (run / "hf" / "model.safetensors").is_file()
-    references = [json.loads((r / "reference.json").read_text())["logps"] for r in (run, one)]
+    references = [{r.id: r.logps for r in records.read(folder / "reference.jsonl", records.Reference)}
+                  for folder in (run, one)]
     assert references[0].keys() == references[1].keys()
     assert all(references[0][name] == pytest.approx(logps, abs=1e-4) for name, logps in references[1].items())
 
 
-def test_a_run_killed_on_two_hosts_continues_on_one(one, tmp_path):
+def test_a_host_that_dies_is_told_at_once_and_the_run_continues_on_one(one, tmp_path):
     run = tmp_path / "run"
-    (status, output), _ = train(run, (1, 2, 1), hosts=2, program=("-c", DYING))
-    assert status == -signal.SIGKILL, output
+    (status, output), (victim, _) = on_two(run, **ending(1, 6, "SIGKILL"))
+    assert victim == -signal.SIGKILL
+    assert status == 1 and "error: host 0 of 2 has lost another one: " in output, output
+    assert "start the same command on every host again: it continues from the newest checkpoint" in output
     assert not (run / "hf").exists()
-    output = finished(train(run, (1, 1, 1), hosts=1))
+    output = finished(train(run, EIGHT, hosts=1, devices=8))
     assert re.search("continuing after step 4", output)
     same_losses(run, one)
+
+
+@pytest.mark.slow
+def test_a_run_goes_from_two_hosts_to_one_and_back_by_sigterm(one, tmp_path):
+    """The notice reaches one host; all of them save the same step, which is none of every fourth, and end."""
+    run, at = tmp_path / "run", 0
+    for launch, step in ((on_two, 2), (partial(train, mesh=EIGHT, hosts=1, devices=8), 6)):
+        output = finished(launch(run, **ending(0, step, "SIGTERM")), log.TERMINATED)
+        assert f"continuing after step {at}" in output or not at
+        at = int(re.search(r"terminated, saved step (\d+) of 8", output)[1])
+    assert f"continuing after step {at}" in finished(on_two(run))
+    same_losses(run, one)
+
+
+@pytest.mark.slow
+def test_a_terminated_run_on_two_hosts_continues_to_the_same_bits(tmp_path):
+    finished(on_two(tmp_path / "ended", **ending(1, 3, "SIGTERM")), log.TERMINATED)
+    for name in ("ended", "unbroken"):
+        finished(on_two(tmp_path / name))
+    rows = [[{k: v for k, v in row.items() if k != "tokens_per_second"} for row in log.read_metrics(tmp_path / name)]
+            for name in ("ended", "unbroken")]
+    assert rows[0] == rows[1]
+    ended, unbroken = ((tmp_path / name / "hf" / "model.safetensors").read_bytes() for name in ("ended", "unbroken"))
+    assert ended == unbroken
+
+
+def test_a_bad_line_in_the_share_of_one_host_is_named_by_all(tmp_path):
+    lines = (ROOT / "tests" / "golden" / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "pairs.jsonl").write_text("".join([*lines[:2], '{"prompt": 3}\n', *lines[2:]]))
+    began = time.monotonic()
+    ended = start("-m", "align_jax.train", "--config=configs/dpo.py:smoke", f"--config.run={tmp_path / 'run'}",
+                  f"--config.data.path={tmp_path / 'pairs.jsonl'}", hosts=2)
+    for status, output in ended:
+        assert status == 1 and re.search(r"error: host \d: 1 bad line\(s\) in .*\n.*pairs.jsonl:3: ", output), output
+    assert time.monotonic() - began < 100  # jax by itself gives up after five minutes
+
+
+def test_hosts_with_other_settings_are_refused(tmp_path):
+    program = ("import os, runpy, sys\nsys.argv.append('--config.optim.lr=0.00' + os.environ['JAX_PROCESS_ID'] + '1')\n"
+               "runpy.run_module('align_jax.train', run_name='__main__')")
+    for status, output in train(tmp_path / "run", (1, 2, 1), hosts=2, program=("-c", program)):
+        assert status == 1 and "hosts: config, weights or data differ: the same command has to" in output, output
 
 
 def test_a_tensor_axis_across_hosts_is_refused(tmp_path):

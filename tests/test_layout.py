@@ -8,15 +8,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LEVELS = {
-    0: {"mesh", "records", "text", "losses", "optim", "checkpoint", "log", "jail", "sandbox"},
-    1: {"model", "data"},
-    2: {"hf_config", "hf", "step", "slots", "decode", "engine", "sample"},
+    0: {"mesh", "records", "tensorfile", "text", "losses", "optim", "checkpoint", "log", "jail", "sandbox",
+        "attention", "logprob"},
+    1: {"model", "lora", "data"},
+    2: {"hf_config", "hf", "step", "fit", "slots", "decode", "engine", "sample"},
     3: {"train", "synth", "score"},
     4: {"report"},
     5: {"study"},
 }
-WITHIN = {("text", "records"), ("hf", "hf_config"), ("decode", "hf"), ("decode", "slots"), ("engine", "hf"),
-          ("engine", "decode"), ("sample", "decode"), ("sample", "engine"), ("synth", "score")}  # inside a level
+WITHIN = {("text", "records"), ("attention", "mesh"), ("logprob", "mesh"), ("lora", "model"),
+          ("hf", "hf_config"), ("decode", "hf"), ("decode", "slots"), ("engine", "hf"), ("engine", "decode"),
+          ("sample", "decode"), ("sample", "engine"), ("fit", "hf"), ("fit", "step"),
+          ("synth", "score")}  # imports inside a level
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 
 

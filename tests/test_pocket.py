@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from align_jax import hf, mesh, model, records, text
+from align_jax import attention, hf, mesh, model, records, text
 from align_jax.decode import Sampler
 from align_jax.records import Problem
 from align_jax.sample import to_file
@@ -102,9 +102,10 @@ def test_transformers_loads_it_and_gives_the_same_logits(name, one_device):
     ids = text.encode_prompt(tokenizer, "def f(x):\n    \"\"\"Return the sum of the squares of x.\"\"\"\n")
     cfg, params = hf.load(POCKET / name, dtype="float32")
     tokens = np.array([ids], np.int32)
-    rows = (jax.device_put(x, mesh.sharding("rows", None)) for x in
-            (tokens, np.arange(len(ids), dtype=np.int32)[None], np.ones_like(tokens)))
-    ours = model.unembed(model.head(params, "float32"), model.hidden(cfg, params, *rows))
+    tokens, positions, segments, branches = (jax.device_put(x, mesh.sharding("rows", None)) for x in (
+        tokens, np.arange(len(ids), dtype=np.int32)[None], np.ones_like(tokens), np.zeros_like(tokens)))
+    states = model.hidden(cfg, params, tokens, positions, attention.make(segments, branches))
+    ours = model.unembed(model.head(params, "float32"), states)
     with torch.no_grad():
         np.testing.assert_allclose(ours, theirs(torch.tensor([ids])).logits.numpy(), atol=2e-4)
 

@@ -18,7 +18,7 @@ import scipy.stats
 import torch
 import transformers
 
-from align_jax import decode, hf, mesh, model, records, slots, text
+from align_jax import data, decode, hf, mesh, model, records, slots, text
 from align_jax.step import Compute, score_tokens
 
 ROOT = Path(__file__).parents[1]
@@ -104,16 +104,15 @@ def score(answers) -> dict[tuple[str, int], np.ndarray]:
     """Log-probs of the answers by the function that training uses, one answer a row."""
     cfg, params = hf.load(TINY, dtype="float32")
     tokenizer, prompts = text.load(TINY), dict(PROMPTS)
-    rows = {(name, k): (text.encode_prompt(tokenizer, prompts[name]), c.ids)
+    rows = {(name, k): data.row([data.Encoded(name, np.array(text.encode_prompt(tokenizer, prompts[name]), np.int32),
+                                              (np.array(c.ids, np.int32),))], T=128, P=1, C=1)
             for name, completions in answers.items() for k, c in enumerate(completions)}
-    tokens, segments = np.zeros((2, len(rows) + -len(rows) % 8, 128), np.int32)
-    for i, (prompt, ids) in enumerate(rows.values()):
-        tokens[i, :len(prompt) + len(ids)], segments[i, :len(prompt) + len(ids)] = prompt + ids, 1
-    positions = np.broadcast_to(np.arange(128, dtype=np.int32), tokens.shape)
-    batch = [jax.device_put(x, mesh.sharding("rows", None)) for x in (tokens, positions, segments)]
+    filled = [*rows.values(), *[data.row([], T=128, P=1, C=1)] * (-len(rows) % 8)]
+    batch = {name: jax.device_put(np.stack([row[name] for row in filled]),
+                                  mesh.sharding("rows", *(None,) * filled[0][name].ndim)) for name in filled[0]}
     compute = Compute(dtype="float32", remat="none", chunk=128)
-    logps = np.asarray(jax.jit(lambda params: score_tokens(cfg, params, *batch, compute=compute))(params))
-    return {key: logps[i, len(prompt):len(prompt) + len(ids)] for i, (key, (prompt, ids)) in enumerate(rows.items())}
+    logps = np.asarray(jax.jit(lambda params: score_tokens(cfg, params, batch, compute=compute))(params))
+    return {key: logps[i, row["slots"] >= 0] for i, (key, row) in enumerate(rows.items())}
 
 
 # --- what may not change a sample -----------------------------------------------------------------

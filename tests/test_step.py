@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 import transformers
 
-from align_jax import data, hf, losses, mesh, model, optim, records, text
+from align_jax import data, hf, logprob, losses, mesh, model, optim, records, text
 from align_jax.step import Compute, TrainState, completion_logps, make_scorer, make_step, objective, score_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,25 +36,28 @@ def encoded(kind=records.Pair) -> list[data.Encoded]:
     pairs = records.read(GOLDEN / "pairs.jsonl", records.Pair)
     if kind is records.Example:
         pairs = [records.Example(id=p.id, prompt=p.prompt, completion=p.chosen) for p in pairs]
-    found, dropped = data.encode(pairs, text.load(TINY), max_length=T)
+    dropped = Counter()
+    found = list(data.encode_all(enumerate(pairs), text.load(TINY), dropped=dropped, max_length=T))
     assert not dropped
     return found
 
 
-def source(kind=records.Pair, *, P=2, T=T, with_ref=True) -> data.Rows:
-    """Rows of the pairs whose reference log-probs are TRL's, in float64."""
-    ref = {pair["id"]: pair["logps"] for pair in TRL["pairs"]} if kind is records.Pair and with_ref else None
-    rows = data.Rows(encoded(kind), row_length=T, rows_per_batch=1, seed=0, ref_logps=ref)
-    rows.P = P
-    return rows
+def batch_of(layout: Sequence[Sequence[int]], kind=records.Pair, *, P=2, T=T, row=data.row) -> dict:
+    """A batch whose rows hold exactly these examples, on the mesh that is set; the references are TRL's, in float64."""
+    C = len(data.COMPLETIONS[kind])
+    ref = {pair["id"]: pair["logps"][:C] for pair in TRL["pairs"]}
+    made = [row([encoded(kind)[i] for i in members], T=T, P=P, C=C, ref_logps=ref) for members in layout]
+    stacked = {name: np.stack([row[name] for row in made]) for name in made[0]}
+    return {name: jax.device_put(value, mesh.sharding("rows", *(None,) * (value.ndim - 1)))
+            for name, value in stacked.items()}
 
 
-def batch_of(rows: data.Rows, layout: Sequence[Sequence[int]]) -> dict:
-    """A batch whose rows hold exactly these examples, on the mesh that is set."""
-    made = [rows.assemble([rows.encoded[i] for i in row]) for row in layout]
-    return {name: jax.device_put(np.stack([row[name] for row in made]), mesh.sharding("rows", *(None,) * axes))
-            for name, axes in (("tokens", 1), ("positions", 1), ("segments", 1), ("slots", 1),
-                               ("ref_logps", 2), ("weight", 2))}
+def unshared_row(examples, *, T: int, P: int, C: int, ref_logps) -> dict[str, np.ndarray]:
+    """The layout in which every completion has a prompt of its own: a segment each."""
+    sides = [data.Encoded(f"{p}-{c}", e.prompt, (e.completions[c],)) for p, e in enumerate(examples) for c in range(C)]
+    row = data.row(sides, T=T, P=P * C, C=1)
+    pairs = data.row(examples, T=T, P=P, C=C, ref_logps=ref_logps)
+    return row | {name: pairs[name] for name in ("ref_logps", "weight")}  # slots p * C + c are the same numbers
 
 
 def load():
@@ -78,26 +82,26 @@ def to_floats(metrics) -> dict[str, float]:
 def test_token_logps_are_those_of_torch(one_device):
     cfg, params = load()
     lm = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float64)
-    rows = source()
-    batch = batch_of(rows, [[0, 1], [2, 3], [4], [10, 11]])
-    got = np.asarray(jax.jit(lambda params: score_tokens(
-        cfg, params, batch["tokens"], batch["positions"], batch["segments"], compute=FP32))(params))
-    checked = 0
-    for row, segments, tokens in zip(got, np.asarray(batch["segments"]), np.asarray(batch["tokens"]), strict=True):
-        for segment in range(1, segments.max() + 1):
-            ids = torch.tensor(tokens[segments == segment])[None].long()
-            with torch.no_grad():
-                logps = lm(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-            np.testing.assert_allclose(row[segments == segment][1:], logps, rtol=0, atol=1e-5)
-            checked += len(logps)
-    assert checked == int((batch["segments"] > 0).sum()) - 14  # all but the first of each of the 14 completions
+    layout = [[0, 1], [2, 3], [4], [10, 11]]
+    batch = batch_of(layout)
+    got = np.asarray(jax.jit(lambda params: score_tokens(cfg, params, batch, compute=FP32))(params))
+    slots, checked = np.asarray(batch["slots"]), 0
+    assert (got[slots < 0] == 0).all()
+    for row, where, members in zip(got, slots, layout, strict=True):
+        for p, i in enumerate(members):
+            for c, completion in enumerate(encoded()[i].completions):
+                ids = torch.tensor(np.concatenate([encoded()[i].prompt, completion]))[None].long()
+                with torch.no_grad():
+                    logps = lm(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+                np.testing.assert_allclose(row[where == 2 * p + c], logps[-len(completion):], rtol=0, atol=1e-5)
+                checked += len(completion)
+    assert checked == (slots >= 0).sum()
 
 
 def test_completion_logps_are_those_of_trl(any_mesh):
     cfg, params = load()
-    rows = source()
     layout = [[0, 1], [2, 3], [4], [5, 6], [7, 8], [9], [], [10, 11]]
-    got = np.asarray(make_scorer(cfg, compute=FP32)(params, batch_of(rows, layout)))
+    got = np.asarray(make_scorer(cfg, compute=FP32)(params, batch_of(layout)))
     for row, values in zip(layout, got, strict=True):
         for i, logps in zip(row, values, strict=False):
             np.testing.assert_allclose(logps, TRL["pairs"][i]["logps"], rtol=1e-6)
@@ -105,26 +109,55 @@ def test_completion_logps_are_those_of_trl(any_mesh):
 
 def test_tokens_are_trls():
     for mine, theirs in zip(encoded(), TRL["pairs"], strict=True):
-        sides = [side.completion.tolist() for side in mine.completions]
-        assert [side.prompt.tolist() for side in mine.completions] == [theirs["prompt_ids"]] * 2
-        assert sides == [theirs["chosen_ids"], theirs["rejected_ids"]]
+        assert mine.prompt.tolist() == theirs["prompt_ids"]
+        assert [ids.tolist() for ids in mine.completions] == [theirs["chosen_ids"], theirs["rejected_ids"]]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_a_shared_prompt_changes_no_logp_and_no_gradient(shape):
+    """Against rows in which every completion has a prompt of its own: equal, but for the order of float32 sums."""
+    layout = [[0, 1], [2], [3, 9], [4]]
+    with on(*shape):
+        cfg, params = load()
+        score = make_scorer(cfg, compute=FP32)
+        shared, unshared = (np.asarray(score(params, batch_of(layout, row=row))) for row in (data.row, unshared_row))
+        np.testing.assert_allclose(shared, unshared, rtol=1e-6, atol=0)
+        got, expected = (one_step("dpo", layout, row=row) for row in (data.row, unshared_row))
+    assert np.linalg.norm(got[0] - expected[0]) <= 1e-5 * np.linalg.norm(expected[0])
+    assert got[1] == pytest.approx(expected[1] | {"tokens": got[1]["tokens"]}, rel=1e-5, abs=1e-4)
 
 
 def test_neighbours_and_padding_change_no_logp(one_device):
     cfg, params = load()
     score = make_scorer(cfg, compute=FP32)
-    alone = score(params, batch_of(source(), [[0], [1], [3], [9]]))[:, 0]
-    first = score(params, batch_of(source(P=4), [[0, 1, 3, 9]]))[0]
-    last = score(params, batch_of(source(P=4), [[9, 3, 1, 0]]))[0][::-1]
-    roomy = score(params, batch_of(source(P=3, T=500), [[0], [1], [3], [9]]))[:, 0]
+    alone = score(params, batch_of([[0], [1], [3], [9]]))[:, 0]
+    first = score(params, batch_of([[0, 1, 3, 9]], P=4))[0]
+    last = score(params, batch_of([[9, 3, 1, 0]], P=4))[0][::-1]
+    roomy = score(params, batch_of([[0], [1], [3], [9]], P=3, T=500))[:, 0]
     for packed in (first, last, roomy):
         np.testing.assert_allclose(packed, alone, rtol=1e-6, atol=0)
+
+
+def test_neither_side_of_a_pair_sees_the_other(one_device):
+    """Another rejected completion leaves every bit of the chosen one's log-probs, and the other way round."""
+    cfg, params = load()
+    score = jax.jit(lambda params, batch: score_tokens(cfg, params, batch, compute=FP32))
+    batch = batch_of([[0, 1]])
+    slots = np.asarray(batch["slots"])
+    before = np.asarray(score(params, batch))
+    for c in (0, 1):
+        changed = np.where(slots % 2 == c, (np.asarray(batch["tokens"]) + 7) % cfg.V, np.asarray(batch["tokens"]))
+        tokens = jax.device_put(np.where(slots >= 0, changed, batch["tokens"]).astype(np.int32),
+                                mesh.sharding("rows", None))
+        after = np.asarray(score(params, batch | {"tokens": tokens}))
+        mine, other = (slots >= 0) & (slots % 2 == c), (slots >= 0) & (slots % 2 != c)
+        assert (after[other] == before[other]).all() and (after[mine] != before[mine]).mean() > 0.9
 
 
 def test_only_completion_tokens_count(one_device):
     """Changing a prompt token's own log-prob, or padding, leaves every count; counts are the completions' lengths."""
     cfg, params = load()
-    _, lengths = completion_logps(cfg, params, batch_of(source(), [[0, 1], [4], []]), compute=FP32)
+    _, lengths = completion_logps(cfg, params, batch_of([[0, 1], [4], []]), compute=FP32)
     ids = [[len(pair[side]) for side in ("chosen_ids", "rejected_ids")] for pair in TRL["pairs"]]
     assert lengths.tolist() == [[ids[0], ids[1]], [ids[4], [0, 0]], [[0, 0], [0, 0]]]
 
@@ -132,13 +165,46 @@ def test_only_completion_tokens_count(one_device):
 @pytest.mark.parametrize("chunk", [1, 100, 1000])
 def test_chunk_changes_no_logp(chunk, one_device):
     cfg, params = load()
-    batch = batch_of(source(), [[0, 1], [2, 3]])
+    batch = batch_of([[0, 1], [2, 3]])
     whole, chunked = (make_scorer(cfg, compute=Compute(dtype="float32", remat="none", chunk=size))(params, batch)
                       for size in (T, chunk))
     np.testing.assert_allclose(chunked, whole, rtol=1e-6)
 
 
+def test_large_logits_have_a_finite_gradient(one_device):
+    """Also where the last chunk has places left over, whose logits would overflow."""
+    rng = np.random.default_rng(0)
+    head, x = (jnp.asarray(rng.normal(size=shape) * 20, jnp.float32, out_sharding=mesh.sharding(*axes))
+               for shape, axes in (((64, 8), ("vocab", "embed")), ((1, 16, 8), ("rows", None, None))))
+    tokens, sources = (jax.device_put(np.arange(16, dtype=np.int32)[None] - by, mesh.sharding("rows", None))
+                       for by in (0, 0))
+    is_scored = tokens < 10
+
+    def loss(logps):
+        return lambda head, x: jnp.sum(jnp.where(is_scored, logps(head, x), 0.0))
+
+    got = jax.grad(loss(lambda head, x: logprob.of_tokens(head, x, tokens, sources, is_scored, 8)), (0, 1))(head, x)
+    dense = jax.grad(loss(lambda head, x: jax.nn.log_softmax(x @ head.T)[0, jnp.arange(16), tokens[0]]), (0, 1))
+    expected = dense(np.asarray(head), np.asarray(x))
+    assert np.abs(np.asarray(x)[0] @ np.asarray(head).T).max() > 1000
+    for mine, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_the_embedding_of_a_frequent_token_has_its_whole_gradient_in_bfloat16(any_mesh):
+    """Summed in bfloat16, 4,096 equal parts would stop growing at 256."""
+    table = jax.device_put(np.ones((96, 8), np.float32), mesh.sharding("vocab", "embed"))
+    tokens = jax.device_put(np.full((8, 512), 7, np.int32), mesh.sharding("rows", None))
+    gradient = jax.jit(jax.grad(lambda table: jnp.sum(
+        model.embed({"embed": table}, tokens, jnp.bfloat16).astype(jnp.float32))))(table)
+    assert (np.asarray(gradient) == 4096 * (np.arange(96) == 7)[:, None]).all()
+
+
 # --- three steps of TRL ---------------------------------------------------------------------------
+
+
+def kind_of(name: str) -> type:
+    return records.Example if name == "sft" else records.Pair
 
 
 def trl_steps(name: str) -> list[dict]:
@@ -151,11 +217,10 @@ def trl_steps(name: str) -> list[dict]:
         tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(
             lambda step: rates[step], weight_decay=golden["trl"]["weight_decay"], mask=optim.decays))
     cfg, params = load()
-    rows = source(records.Example if name == "sft" else records.Pair)
     step = make_step(cfg, objective(golden["loss"], **hyper), tx, compute=FP32)
     state, logged = start(params, tx), []
     for at in (0, 4, 8):
-        state, metrics = step(state, batch_of(rows, [[at, at + 1], [at + 2, at + 3]]))
+        state, metrics = step(state, batch_of([[at, at + 1], [at + 2, at + 3]], kind_of(name)))
         logged.append(to_floats(metrics))
     assert step._cache_size() == 1
     return logged
@@ -199,10 +264,9 @@ def five_steps(name: str) -> list[dict]:
     cfg, params = load()
     tx = optim.adamw(steps=5, lr=1e-4, warmup=0.2)
     step = make_step(cfg, objective(name, **OBJECTIVES[name]), tx, compute=FP32)
-    rows = source(records.Example if name == "sft" else records.Pair)
     state, logged = start(params, tx), []
     for i in range(5):
-        state, metrics = step(state, batch_of(rows, LAYOUT[i:] + LAYOUT[:i]))
+        state, metrics = step(state, batch_of(LAYOUT[i:] + LAYOUT[:i], kind_of(name)))
         logged.append(to_floats(metrics))
     assert step._cache_size() == 1
     return logged
@@ -233,14 +297,13 @@ def descent(name: str, compute: Compute):
     return make_step(cfg, objective(name, **OBJECTIVES[name]), tx, compute=compute), tx
 
 
-def one_step(name: str, layout, *, shift=1.0, **compute):
+def one_step(name: str, layout, *, shift=1.0, row=data.row, **compute):
     """The gradient, by one step of plain descent, and the metrics; `shift` takes the references off the policy."""
     step, tx = descent(name, Compute(**{"dtype": "float32", "remat": "none", "chunk": 64} | compute))
     _, params = load()
-    rows = source(records.Example if name == "sft" else records.Pair)
     before = flat(params)
-    batch = batch_of(rows, layout)
-    batch["ref_logps"] = batch["ref_logps"] + shift * jnp.arange(-1.0, 1.0, 2 / rows.C)
+    batch = batch_of(layout, kind_of(name), row=row)
+    batch["ref_logps"] = batch["ref_logps"] + shift * jnp.arange(-1.0, 1.0, 2 / batch["weight"].shape[-1])
     state, metrics = step(start(params, tx), batch)
     return before - flat(state.params), to_floats(metrics)
 
@@ -277,7 +340,7 @@ def test_accumulation_that_does_not_divide_is_refused():
         one_step("dpo", UNEVEN, accumulate=2)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "mixed", "dots", "offload"])
 def test_remat_and_chunk_give_the_same_gradient(remat, plain, one_device):
     assert_same_step(one_step("dpo", UNEVEN, remat=remat, chunk=32), plain("dpo"), 1e-5)
 
@@ -295,7 +358,7 @@ def compiled_step(chunk: int):
     cfg = model.ModelConfig(L=2, D=32, N=1, K=1, H=32, F=64, V=V)
     tx = optim.adamw(steps=1, lr=1e-3)
     batch = {name: jnp.zeros((R, T), jnp.int32, out_sharding=mesh.sharding("rows", None))
-             for name in ("tokens", "positions", "segments", "slots")}
+             for name in ("tokens", "positions", "segments", "branches", "sources", "slots")}
     batch |= {name: jnp.zeros((R, 4, 2), out_sharding=mesh.sharding("rows", None, None))
               for name in ("ref_logps", "weight")}
     compute = Compute(dtype="float32", remat="full", chunk=chunk)
@@ -310,11 +373,11 @@ def largest(compiled) -> int:
 
 
 def test_no_array_of_rows_by_positions_by_vocabulary(one_device):
-    logits, compiled = compiled_step(chunk=16)
-    assert largest(compiled) == logits // 32  # the logits of one chunk, [R 16 V]
+    logits, compiled = compiled_step(chunk=64)
+    assert largest(compiled) == logits // 32  # the logits of one chunk, [64 V]
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * logits / 4
     # The same two measures do see it where it is.
-    logits, whole = compiled_step(chunk=512)
+    logits, whole = compiled_step(chunk=2048)
     assert largest(whole) == logits
     assert whole.memory_analysis().temp_size_in_bytes > 4 * logits
 

@@ -1,5 +1,6 @@
 """Whole runs: killed and continued to the same bits, checked against their reference, and refused with a reason."""
 
+import dataclasses
 import importlib.util
 import inspect
 import json
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -19,7 +21,7 @@ import pytest
 import safetensors.numpy
 
 from align_jax import checkpoint, data, decode, engine, hf, log, mesh, optim, records, text, train
-from align_jax.step import Compute, objective
+from align_jax.step import Compute, make_scorer, objective
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -75,9 +77,11 @@ runpy.run_module("align_jax.train", run_name="__main__")
 """
 
 
-def command(*overrides: str, kill_at: int | None = None, in_save=False, config="dpo") -> subprocess.CompletedProcess:
+def command(*overrides: str, kill_at: int | None = None, in_save=False, config="dpo",
+            program: str | None = None) -> subprocess.CompletedProcess:
     """The real command, on one device; kills itself when the metrics of step `kill_at` are written, or in its save."""
-    program = ["-m", "align_jax.train"] if kill_at is None else ["-c", KILLED]
+    program = program or (KILLED if kill_at else None)
+    program = ["-c", program] if program else ["-m", "align_jax.train"]
     env = os.environ | {"XLA_FLAGS": "", "KILL_AT": str(kill_at), "PYTHONPATH": str(ROOT),
                         "KILL_IN_SAVE": "yes" * in_save}
     return subprocess.run([sys.executable, *program, f"--config=configs/{config}.py:smoke", *overrides], env=env,
@@ -168,12 +172,22 @@ def test_a_run_learns_and_logs_under_trls_names(unbroken):
 
 def test_a_run_shows_what_it_does_and_ends_with_what_it_wrote(unbroken):
     run, output = unbroken
-    assert re.search(r"unbroken: dpo on 12 examples, 24 steps of 4 rows x 256 tokens \(\d+% filled, up to \d+ examples "
-                     r"a row\), dropped nothing[,;] .*M parameters on 1 device", output)
+    assert re.search(r"unbroken: dpo on 12 examples, 24 steps of 4 rows x 256 tokens \(\d+% filled\), dropped "
+                     r"nothing[,;] .*M parameters on 1 device", output)
     assert re.search(r"unbroken:.*step/s|unbroken:.*s/step", output) and "tok/s" in output  # the bar
+    assert re.search(r"unbroken: first step \d+ s after the start", output)
     assert f"wrote {run / 'hf'} (float32) after 24 steps" in output
     assert "1 compilation(s); 0 completions cut or examples dropped" in output
     assert " I1" not in output and "orbax" not in output
+
+
+def test_a_run_killed_in_its_export_exports(unbroken, tmp_path):
+    run = shutil.copytree(unbroken[0], tmp_path / "run")
+    shutil.rmtree(run / "hf")
+    done = command(f"--config.run={run}", *SETTINGS, "--config.compute.remat=none")  # which changes no number
+    assert done.returncode == 0 and "continuing after step 24" in done.stdout, done.stderr
+    name = "hf/model.safetensors"
+    assert (run / name).read_bytes() == (unbroken[0] / name).read_bytes()
 
 
 def test_what_is_exported_is_what_was_trained(unbroken):
@@ -198,12 +212,13 @@ def test_an_sft_run_sees_every_example_once_an_epoch(tmp_path, capsys):
     train.train(smoke("sft", tmp_path / "run", steps=0, data__epochs=3, data__row_length=80))
     examples = [records.Example(id=p.id, prompt=p.prompt, completion=p.chosen)
                 for p in records.read(GOLDEN / "pairs.jsonl", records.Pair)]
-    encoded, dropped = data.encode(examples, text.load(TINY), max_length=80)
+    dropped = Counter()
+    encoded = list(data.encode_all(enumerate(examples), text.load(TINY), dropped=dropped, max_length=80))
     rows, output = log.read_metrics(tmp_path / "run"), capsys.readouterr().out
     assert dropped == {"too long": 3} and len(encoded) == 9
     assert sum(row["examples"] for row in rows) == 3 * 9
     assert rows[-1]["num_tokens"] == 3 * sum(map(len, encoded))
-    assert sum(row["scored"] for row in rows) == 3 * sum(len(e.completions[0].completion) for e in encoded)
+    assert sum(row["scored"] for row in rows) == 3 * sum(len(e.completions[0]) for e in encoded)
     assert "dropped {'too long': 3}" in output and "3 completions cut or examples dropped" in output
     assert "1 compilation(s)" in output
 
@@ -222,35 +237,92 @@ def test_a_bonbon_run_logs_its_parts(tmp_path, capsys):
 
 def test_a_reference_that_is_not_of_these_weights_stops_the_run(unbroken, tmp_path):
     run = tmp_path / "run"
-    made = json.loads((unbroken[0] / "reference.json").read_text())
-    made["logps"] = {name: [chosen + 0.5, rejected] for name, (chosen, rejected) in made["logps"].items()}
-    log.write_json(run / "reference.json", made)
-    says = r"step 1: .* differ by (.*) nats a root of tokens .*reference\.json is not of"
+    made = records.read(unbroken[0] / "reference.jsonl", records.Reference)
+    wrong = [dataclasses.replace(r, logps=[r.logps[0] + 0.5, r.logps[1]]) for r in made]
+    records.write(run / "reference.jsonl", wrong)
+    shutil.copy(unbroken[0] / "reference.json", run)
+    says = r"step 1: .* differ by (.*) nats a root of tokens .*reference\.jsonl is not of"
     with pytest.raises(ValueError, match=says) as error:
         train.train(same_on_eight(run))
-    encoded, _ = train.load_data(text.load(TINY), path=GOLDEN / "pairs.jsonl", kind="pairs", row_length=256)
-    possible = [0.5 / math.sqrt(len(example.completions[0].completion)) for example in encoded]
+    examples, _ = pairs_in(tmp_path / "examples")
+    possible = [0.5 / math.sqrt(len(example.completions[0])) for example in examples]
     assert any(float(re.search(says, str(error.value))[1]) == pytest.approx(gap, rel=5e-3) for gap in possible)
     assert not (run / "hf").exists()
 
 
-def test_a_reference_of_something_else_is_made_again(tmp_path, one_device):
+def pairs_in(folder: Path):
+    return train.load_data(folder, text.load(TINY), path=GOLDEN / "pairs.jsonl", kind="pairs", row_length=256)
+
+
+def test_a_reference_is_of_its_weights_and_goes_on_where_it_was_killed(tmp_path, one_device):
     cfg, params = hf.load(TINY, dtype="float32")
-    encoded, _ = train.load_data(text.load(TINY), path=GOLDEN / "pairs.jsonl", kind="pairs", row_length=256)
-    rows = data.Rows(encoded, row_length=256, rows_per_batch=2, seed=0)
-    path, compute = tmp_path / "reference.json", Compute(dtype="float32", chunk=64)
+    examples, _ = pairs_in(tmp_path / "examples")
+    path, score, scored = tmp_path / "reference.jsonl", make_scorer(cfg, compute=Compute("float32", chunk=64)), []
 
     def reference(bound_to):
-        return train.reference(path, cfg, params, rows, bound_to, 2, compute=compute)
+        def counting(params, batch):
+            scored.append(int(batch["weight"][..., 0].sum()))
+            return score(params, batch)
+        scored.clear()
+        return train.reference(path, counting, params, examples, bound_to, row_length=256, rows_per_batch=2)
 
     first = reference({"data": "a"})
     golden = {pair["id"]: pair["logps"] for pair in json.loads((GOLDEN / "trl.json").read_text())["pairs"]}
-    assert first.keys() == golden.keys()
+    assert first.keys() == golden.keys() and sum(scored) == len(golden)
     assert all(first[name] == pytest.approx(golden[name], rel=1e-6) for name in golden)
-    log.write_json(path, {"bound_to": {"data": "a"}, "logps": "taken as it is"})
-    assert reference({"data": "a"}) == "taken as it is"
-    assert reference({"data": "b"}) == first
-    assert json.loads(path.read_text()) == {"bound_to": {"data": "b"}, "logps": first}
+    assert reference({"data": "a"}) == first and not scored
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:5]) + lines[5][:20])  # as a kill leaves it
+    assert reference({"data": "a"}).keys() == first.keys() and sum(scored) == len(golden) - 5
+    assert {r.id: r.logps for r in records.read(path, records.Reference)} == reference({"data": "a"})
+    reference({"data": "b"})
+    assert sum(scored) == len(golden)
+    assert json.loads((tmp_path / "reference.json").read_text()) == {"data": "b"}
+
+
+# --- the examples on disk -------------------------------------------------------------------------
+
+
+def test_a_file_is_tokenised_once_and_counted(tmp_path):
+    first, dropped = pairs_in(tmp_path / "a")
+    (tmp_path / "a" / "0.arrow").rename(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError):
+        pairs_in(tmp_path / "a")  # it would not have been missed if it were made again
+    settings = {"path": GOLDEN / "pairs.jsonl", "kind": "pairs", "row_length": 120}
+    fewer, dropped = train.load_data(tmp_path / "b", text.load(TINY), **settings)
+    assert len(fewer) + dropped["too long"] == len(first) and dropped["too long"]
+
+
+def test_a_finished_run_keeps_no_tokens(unbroken):
+    assert not (unbroken[0] / "examples").exists()
+
+
+# --- SIGTERM ----------------------------------------------------------------------------------------
+
+TERMINATED = """
+import os, runpy, signal
+from align_jax import log
+write = log.Metrics.write
+def write_and_ask(metrics, step, values):
+    write(metrics, step, values)
+    if step == 10:
+        os.kill(os.getpid(), signal.SIGTERM)
+log.Metrics.write = write_and_ask
+runpy.run_module("align_jax.train", run_name="__main__")
+"""
+
+
+def test_a_terminated_run_saves_and_continues_to_the_same_bits(unbroken, tmp_path):
+    run = tmp_path / "run"
+    done = command(f"--config.run={run}", *SETTINGS, program=TERMINATED)
+    assert done.returncode == log.TERMINATED == 143, done.stderr
+    step = int(re.search(r"terminated, saved step (\d+) of 24; the same command continues", done.stdout)[1])
+    assert step in (10, 11) and step % 4  # no step at which it would have saved anyway
+    last = command(f"--config.run={run}", *SETTINGS)
+    assert f"continuing after step {step}\n" in last.stdout, last.stderr
+    assert metrics_of(run) == metrics_of(unbroken[0])
+    name = "hf/model.safetensors"
+    assert (run / name).read_bytes() == (unbroken[0] / name).read_bytes()
 
 
 # --- refused --------------------------------------------------------------------------------------
@@ -332,15 +404,15 @@ def test_an_objective_with_wrong_settings_says_what_it_takes(name, hyper):
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_training_config_fits_the_functions_that_take_it(name, arg):
     c = get_config(name, arg).to_dict()
-    assert set(c) == {"run", "start", "seed", "steps", "data", "objective", "optim", "compute", "mesh", "ckpt"}
-    fits(train.load_data, None, **{k: v for k, v in c["data"].items() if k not in train.FOR_ROWS})
+    assert set(c) == {"run", "start", "seed", "steps", "data", "objective", "optim", "lora", "compute", "mesh",
+                      "ckpt"}
+    fits(train.load_data, None, None, **{k: v for k, v in c["data"].items() if k not in train.FOR_ROWS})
     fits(mesh.make, **c["mesh"])
     fits(checkpoint.Checkpoints, "", keep=c["ckpt"]["keep"])
     assert set(c["ckpt"]) == {"every", "keep", "export"} and c["ckpt"]["export"] in train.GAP
     compute, goal = Compute(**c["compute"]), objective(**c["objective"])
-    assert compute.dtype in train.GAP and c["data"]["row_length"] % compute.chunk == 0
-    kind, select = train.KINDS[c["data"]["kind"]]
-    assert goal.completions == (2 if c["data"]["kind"] == "pairs" else 1)
+    assert compute.dtype in train.GAP
+    assert goal.completions == train.KINDS[c["data"]["kind"]][2]
     optim.adamw(steps=100, **c["optim"])
 
 

@@ -90,6 +90,7 @@ def recipe(run: Path, start: Path, path: Path, *, lr: float) -> dict:
             "data": {"path": str(path), "kind": "examples", "row_length": 320, "rows_per_batch": 7, "epochs": 1},
             "objective": {"name": "sft"},
             "optim": {"lr": lr, "warmup": 0.03, "decay": "linear", "b2": 0.98, "weight_decay": 0.01},
+            "lora": {"rank": 0, "alpha": 16.0, "base_dtype": "bfloat16"},
             "compute": {"dtype": "float32", "remat": "none", "chunk": 256},
             "mesh": {}, "ckpt": {"every": 200, "keep": 1, "export": "bfloat16"}}
 

@@ -1,10 +1,11 @@
 """Make tests/golden: a tiny checkpoint, twelve preference pairs, and what TRL makes of them.
 
 Another trainer's numbers to hold this library's trainer against: the loss, gradient norm, learning
-rate and log-probs of every step of TRL's own DPOTrainer and SFTTrainer, in float32 on a CPU. No
-module or test imports this file; it needs an environment of its own and its output is committed:
+rate and log-probs of every step of TRL's own DPOTrainer and SFTTrainer, in float32 on a CPU; and,
+in peft.json, of its DPOTrainer on peft's LoRA. No module or test imports this file; it needs an
+environment of its own and its output is committed:
 
-    pip install torch==2.13.0 trl==1.16.0
+    pip install torch==2.13.0 trl==1.16.0 peft==0.21.2
     python tools/make_trl_golden.py tests/golden
 
 Seeded and single-threaded: a second run on the same machine writes the same bytes.
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import peft
 import torch
 import transformers
 import trl
@@ -56,6 +58,10 @@ RUNS = {
     "dpo_norm": ("DPO", {"loss_type": ["sigmoid_norm"], "beta": 5.0}),
     "ipo_mean": ("DPO", {"loss_type": ["ipo"], "beta": 0.1}),
 }
+
+# Adapters beside every matrix; they start as written in `fill`, with B of this size.
+LORA = {"r": 4, "lora_alpha": 6.0, "target_modules": "all-linear", "lora_dropout": 0.0}
+LORA_RUNS = {"fresh": 0.0, "underway": 0.05}
 
 # Signature and docstring, a right body, a wrong one. Prompts end in a newline, which the tokenizer
 # always keeps a token of its own: prompt and completion meet where no merge can happen.
@@ -130,10 +136,17 @@ def main():
         "runs": {name: record(name, steps, pairs) for name, (_, steps) in made.items()},
     }
     (out / "trl.json").write_text(json.dumps(golden, indent=1) + "\n")
+    golden = {
+        "made_by": "tools/make_trl_golden.py",
+        "versions": versions("peft"),
+        "lora": LORA,
+        "runs": {name: train_adapters(checkpoint, rows, pairs, b) for name, b in LORA_RUNS.items()},
+    }
+    (out / "peft.json").write_text(json.dumps(golden, indent=1) + "\n")
 
 
-def versions():
-    packages = ("torch", "transformers", "trl", "accelerate", "tokenizers")
+def versions(*more):
+    packages = ("torch", "transformers", "trl", "accelerate", "tokenizers", *more)
     return {"python": platform.python_version()} | {
         package: importlib.metadata.version(package) for package in packages
     }
@@ -222,6 +235,45 @@ def train(checkpoint, rows, kind, changes):
     return trainer, [log | seen for log, seen in zip(logged, watch.steps, strict=True)]
 
 
+def train_adapters(checkpoint, rows, pairs, b):
+    """Three DPO steps of the adapters alone; return them, and the log-probs before and after.
+
+    The last are of the merged model, in float64, as those of `pairs` are.
+    """
+    tokenizer, model = load(checkpoint, torch.float32)
+    watch = Watch()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = trl.DPOTrainer(
+            model=model,
+            args=trl.DPOConfig(scratch, **SETTINGS | QUIET | RUNS["dpo"][1]),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[watch],
+            peft_config=peft.LoraConfig(**LORA),
+        )
+        fill(trainer.model, b)
+        before = [logps(trainer.model.double(), pair) for pair in pairs]
+        trainer.model.float()
+        hook = model.register_forward_hook(watch.logps())
+        trainer.train()
+        hook.remove()
+    logged = [pick(log) | seen for log, seen in
+              zip(trainer.state.log_history[:STEPS], watch.steps, strict=True)]
+    merged = trainer.model.double().merge_and_unload()
+    ids = [[pair["id"] for pair in batch] for batch in batches(pairs)]
+    steps = [{"ids": i} | step for i, step in zip(ids, logged, strict=True)]
+    return {"b": b, "before": before, "steps": steps, "after": [logps(merged, pair) for pair in pairs]}
+
+
+@torch.no_grad()
+def fill(model, b):
+    """Numbers that another program can make again: the k-th array is a sine of k times 0, 1, 2 ..."""
+    arrays = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for k, (name, p) in enumerate(arrays, 1):
+        sine = torch.sin(k * torch.arange(p.numel(), dtype=torch.float64)).reshape(p.shape)
+        p.copy_((0.2 if "lora_A" in name else b) * sine)
+
+
 class Watch(transformers.TrainerCallback):
     """What TRL does not log: the learning rate an update uses, and every sequence's log-prob."""
 
@@ -234,12 +286,16 @@ class Watch(transformers.TrainerCallback):
     def on_pre_optimizer_step(self, *args, optimizer, **kwargs):
         self.steps[-1]["learning_rate"] = optimizer.param_groups[0]["lr"]
 
-    def logps(self, name):
-        """Make a forward hook that keeps [completions] log-probs of each example of the batch."""
+    def logps(self, name=None):
+        """Make a forward hook that keeps [completions] log-probs of each example of the batch.
+
+        One model that is both policy and reference needs no name: no gradient is taken of the latter.
+        """
 
         def hook(module, inputs, output):
             sums = output.log_probs.sum(-1)  # TRL stacks all chosen on top of all rejected
-            self.steps[-1][name] = sums.reshape(-1, BATCH).T.tolist()
+            role = name or ("policy" if sums.requires_grad else "ref")
+            self.steps[-1][role] = sums.reshape(-1, BATCH).T.tolist()
 
         return hook
 
@@ -253,11 +309,11 @@ def scored(checkpoint, dataset):
     """TRL's token ids of each pair, and the untrained log-probs: unpadded, in float64."""
     _, model = load(checkpoint, torch.float64)
     keys = ("id", "prompt_ids", "chosen_ids", "rejected_ids")
-    return [
-        {key: row[key] for key in keys}
-        | {"logps": [logp(model, row["prompt_ids"], row[side]) for side in keys[2:]]}
-        for row in dataset
-    ]
+    return [{key: row[key] for key in keys} | {"logps": logps(model, row)} for row in dataset]
+
+
+def logps(model, pair):
+    return [logp(model, pair["prompt_ids"], pair[side]) for side in ("chosen_ids", "rejected_ids")]
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 # Leaves out the tests marked slow, which CI runs too: bash tools/test.sh -m ""
 set -euo pipefail
 cd "$(dirname "$0")/.."
-EXTRAS=test source tools/venv.sh
+EXTRAS="test" source tools/venv.sh
 
 ruff check .
+shellcheck --external-sources --severity=warning launch/*.sh tools/*.sh
 exec python -m pytest tests -q --durations=10 -m "not slow" "$@"

@@ -1,4 +1,5 @@
-# Sourced by launch/quickstart.sh and tools/test.sh: make .venv once, install align_jax with the extras in $EXTRAS.
+# shellcheck shell=bash
+# Sourced by tools/test.sh and the scripts of launch/: make .venv once, install align_jax with the extras in $EXTRAS.
 # An environment that is already active is used instead. PYTHON names the interpreter (3.11 or later).
 if [ -z "${VIRTUAL_ENV:-}" ]; then
   python="${PYTHON:-python3}"

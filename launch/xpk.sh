@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# GKE through XPK: builds an image of the last commit, pushes it, and creates a workload that runs the command on all hosts.
+# Options of `xpk workload create` stand before the command; IMAGE names the image without a tag:
+#   export IMAGE=REGION-docker.pkg.dev/PROJECT/REPOSITORY/align_jax
+#   launch/xpk.sh [--dry_run] --cluster=tpus --workload=dpo --tpu-type=v5litepod-64 python -m align_jax.train --config=...
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/steps.sh
+split "$@"
+[ -n "${IMAGE:-}" ] || fail "IMAGE is not set, as in: export IMAGE=europe-west4-docker.pkg.dev/PROJECT/REPOSITORY/align_jax"
+for option in --cluster --workload --tpu-type; do
+  [[ " ${options[*]} " == *" $option="?* ]] || fail "$option=... is missing before the command"
+done
+
+only_committed
+image="$IMAGE:$(git rev-parse --short=12 HEAD)"
+step bash -o pipefail -c "git archive HEAD | docker build --platform=linux/amd64 --file=launch/Dockerfile --tag=$(quote "$image") -"
+step docker push "$image"
+# exec: a signal to the container reaches the command, which saves and exits; 143 makes XPK start the workload again.
+step xpk workload create --docker-image="$image" --max-restarts=50 --termination-grace-period-seconds=120 \
+  "${options[@]}" --command="exec $(quote "${command[@]}")"

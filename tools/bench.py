@@ -1,0 +1,338 @@
+r"""How fast, beside what users would pick instead: every contender in a process of its own, in turn, on one machine.
+
+    python tools/bench.py --cases=dpo,generate,spread --model=CASE --peers=FOLDER \
+        --python=trl=ENV/bin/python,transformers=ENV/bin/python,tunix=ENV/bin/python --out=bench.json
+    python tools/bench.py --cases=overhead --model=CASE
+    python tools/bench.py --cases=accelerator_sft,accelerator_dpo,accelerator_decode,accelerator_overhead \
+        --model=CASE --shape=deepseek-coder-1.3b [--rows=8] [--remat=mixed] [--rank=0] [--python=trl=ENV/bin/python]
+
+CASE is a checkpoint with pairs.jsonl in it, FOLDER has the peers' scripts (make_case.py among them makes a CASE), and
+an ENV is a virtual environment with that peer. A peer without an interpreter is left out, and said to be. Rounds are
+interleaved, A B C A B C, and the ratios are those of medians, for the machine's speed drifts. Real tokens are those of
+prompt and completion of both sides of a pair, padding not counted, whatever a contender computes.
+
+The accelerator cases need a GPU or TPU with room for the shape (1.3B: 24 GB, 7B: 120 GB for full training; with
+--rank=16 5 and 20 GB) and, for TRL, an environment with torch, trl, flash-attn and liger-kernel (and peft for --rank).
+They report MFU: FLOPs of the matrices and of attention under the diagonal, counted once, without those of remat, by the
+chip's dense bf16 peak. Decoding is measured by the bytes of the weights and of every slot's cache, its prompt included.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from align_jax import data, decode, fit, hf, hf_config, log, lora, mesh, model, optim, records, text, train
+from align_jax.step import Compute, TrainState, make_scorer, make_step, objective
+
+_CASES = flags.DEFINE_list("cases", ["dpo", "generate", "spread"], "which of the cases")
+_MODEL = flags.DEFINE_string("model", None, "a checkpoint with pairs.jsonl in it", required=True)
+_SHAPE = flags.DEFINE_string("shape", "deepseek-coder-1.3b", "of the accelerator cases: one of fit.SHAPES")
+_RANK = flags.DEFINE_integer("rank", 0, "of LoRA, in the accelerator cases; 0: full training")
+_ROWS = flags.DEFINE_integer("rows", 8, "rows of 2,048 tokens a step, in the accelerator cases")
+_REMAT = flags.DEFINE_string("remat", "mixed", "in the accelerator cases")
+_PEERS = flags.DEFINE_string("peers", "../shared/bench", "the folder of the peers' scripts")
+_PYTHON = flags.DEFINE_list("python", [], "PEER=INTERPRETER of its environment")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "runs of every contender")
+_OUT = flags.DEFINE_string("out", None, "a JSON file for all that was measured")
+_WORKER = flags.DEFINE_string("worker", None, "measure this case in this process, print JSON and stop")
+
+HERE = Path(__file__).parent
+PEERS = {  # case -> what is compared, and the peers: (environment, script, arguments)
+    "dpo": ("real_tokens_per_s", {
+        "TRL, precomputed reference": ("trl", "trl_dpo.py", "--batch 8 --steps 6 --precompute"),
+        "TRL": ("trl", "trl_dpo.py", "--batch 8 --steps 6"),
+        "Tunix": ("tunix", "tunix_dpo.py", "--batch 8 --steps 5")}),
+    "generate": ("new_tokens_per_s", {
+        "transformers": ("transformers", "hf_generate.py", "--prompts 4 --n 8 --new 128"),
+        "Tunix": ("tunix", "tunix_generate.py", "--prompts 4 --n 8 --new 128")}),
+    "spread": ("new_tokens_per_s", {
+        "transformers": ("transformers", "hf_generate.py", "--prompts 4 --n 8 --new 512")}),
+    "overhead": ("device_share", {}),
+    "accelerator_sft": ("real_tokens_per_s", {}),
+    "accelerator_dpo": ("real_tokens_per_s", {"TRL": ("trl", HERE / "bench_trl.py", "{shape} --rank {rank}")}),
+    "accelerator_decode": ("share_of_bandwidth", {}),
+    "accelerator_overhead": ("device_share", {}),
+}
+SLOTS = 32
+LIMITS = np.random.default_rng(0).integers(16, 513, 8 * SLOTS).tolist()  # answer lengths of `spread`
+DEVICES = {  # the beginning of jax's device kind -> dense bf16 FLOP/s, bytes a second of its memory
+    "A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12),
+    "TPU v5 lite": (197e12, 819e9), "TPU v5": (459e12, 2765e9), "TPU v6 lite": (918e12, 1640e9)}
+
+
+# --- on the shared case -------------------------------------------------------------------------------
+
+
+def dpo() -> dict:
+    """Steps on about 8 pairs each, in float32, as the peers take them."""
+    return _steps("dpo", Compute("float32", remat="none", chunk=512), rows=2, row_length=1024, count=6,
+                  weights=lambda: hf.load(_MODEL.value, dtype="float32"))
+
+
+def overhead() -> dict:
+    """The share of the trainer's loop that is the device's: eight steps with data, transfer and log, and without."""
+    return _overhead(Compute("float32", remat="none", chunk=512), rows=2, row_length=1024,
+                     weights=lambda: hf.load(_MODEL.value, dtype="float32"))
+
+
+def _overhead(compute: Compute, *, rows: int, row_length: int, weights) -> dict:
+    goal = objective("dpo", beta=0.1)
+    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh.make()):
+        step, state, batches = _trainer("dpo", compute, rows, row_length, *weights())
+        metrics = log.Metrics(Path(folder), first_step=0, steps=100)
+        held = [train.to_devices(next(batches)) for _ in range(8)]
+
+        def bare(state):
+            for batch in held:
+                state, _ = step(state, batch)
+            return state
+
+        def whole(state):
+            pending = None
+            for _ in range(8):
+                state, values = step(state, train.to_devices(next(batches)))
+                if pending:
+                    train.record(metrics, 2, pending, goal, compute)
+                pending = values
+            return state
+
+        seconds = {bare: [], whole: []}
+        state = jax.block_until_ready(bare(state))
+        for run in [bare, whole] * 3:
+            began = time.perf_counter()
+            state = jax.block_until_ready(run(state))
+            seconds[run].append(time.perf_counter() - began)
+        metrics.close()
+        batches.close()
+    return {"device_share": statistics.median(seconds[bare]) / statistics.median(seconds[whole]),
+            "bare_s": seconds[bare], "whole_s": seconds[whole]}
+
+
+def generate() -> dict:
+    """Four prompts with eight answers of 128 tokens each."""
+    return _sample(prompts=4, n=8, limits=[128] * 4)
+
+
+def spread() -> dict:
+    """Answers of 16 to 512 tokens, eight for every slot."""
+    return _sample(prompts=len(LIMITS), n=1, limits=LIMITS)
+
+
+def _sample(*, prompts: int, n: int, limits) -> dict:
+    texts = [r["prompt"] for r in records.rows(Path(_MODEL.value) / "pairs.jsonl")][:prompts]
+    asked = [(str(i), texts[i % len(texts)]) for i in range(prompts)]
+    with jax.set_mesh(mesh.make()):
+        sampler = decode.Sampler.load(_MODEL.value, dtype="float32", batch_size=SLOTS)
+        sampler = dataclasses.replace(sampler, stop_ids=(-1,))  # a random model's end is of no use here
+        found = []
+        for _ in range(2):  # the first compiles
+            list(sampler.generate(asked, n=n, temperature=0.7, limits={str(i): m for i, m in enumerate(limits)}))
+            found.append(sampler.work)
+    return {"new_tokens_per_s": max(work.rate for work in found), "slots_busy": found[-1].busy,
+            "tokens": found[-1].tokens}
+
+
+# --- on an accelerator --------------------------------------------------------------------------------
+
+
+def accelerator_sft() -> dict:
+    """Steps of SFT on rows of 2,048 tokens with random weights, in bfloat16."""
+    return _accelerator("sft")
+
+
+def accelerator_dpo() -> dict:
+    """Steps of DPO on rows of 2,048 tokens with random weights, in bfloat16."""
+    return _accelerator("dpo")
+
+
+def accelerator_overhead() -> dict:
+    """`overhead` at the size of a real model."""
+    return _overhead(Compute("bfloat16", remat=_REMAT.value), rows=_ROWS.value, row_length=2048, weights=_random)
+
+
+def _accelerator(goal: str) -> dict:
+    return _steps(goal, Compute("bfloat16", remat=_REMAT.value), rows=_ROWS.value, row_length=2048, count=10,
+                  weights=_random)
+
+
+def _random():
+    cfg, dtype = fit.SHAPES[_SHAPE.value], "bfloat16" if _RANK.value else "float32"
+    return cfg, jax.tree.map(lambda x: x.astype(dtype), model.init(cfg, 0))
+
+
+def accelerator_decode() -> dict:
+    """128 sequences of 256 tokens from 16 prompts: bytes that a step must read, by what the memory can give."""
+    cfg = fit.SHAPES[_SHAPE.value]
+    texts = [r["prompt"] for r in records.rows(Path(_MODEL.value) / "pairs.jsonl")][:16]
+    with jax.set_mesh(mesh.make(data=-1, fsdp=1)):
+        params = jax.tree.map(lambda x: x.astype("bfloat16"), model.init(cfg, 0))
+        sampler = decode.Sampler.of(cfg, params, text.load(_MODEL.value), (-1,), batch_size=128)
+        for _ in range(2):
+            list(sampler.generate([(str(i), t) for i, t in enumerate(texts)], n=8, max_tokens=256))
+    weights = 2 * (cfg.num_params - cfg.V * cfg.D * (not cfg.tied))
+    lengths = [len(text.encode_prompt(sampler.tokenizer, t)) + 128 for t in texts]  # half of the answer, in the mean
+    caches = 2 * 2 * cfg.L * cfg.K * cfg.H * 8 * sum(lengths)
+    steps_per_s = sampler.work.rate / 128
+    return {"new_tokens_per_s": sampler.work.rate, "bytes_per_step": weights + caches,
+            "share_of_bandwidth": steps_per_s * (weights + caches) / _peaks()[1]}
+
+
+def _peaks() -> tuple[float, float]:
+    """FLOP/s and bytes a second of all devices; not a number of those that are not in the table."""
+    kind = jax.devices()[0].device_kind.removeprefix("NVIDIA ")
+    known = [peaks for name, peaks in sorted(DEVICES.items(), reverse=True) if kind.startswith(name)]
+    return tuple(peak * jax.device_count() for peak in (known or [(float("nan"),) * 2])[0])
+
+
+# --- a step -------------------------------------------------------------------------------------------
+
+
+def _steps(goal: str, compute: Compute, *, rows: int, row_length: int, count: int, weights) -> dict:
+    with jax.set_mesh(mesh.make()):
+        cfg, params = weights()
+        step, state, batches = _trainer(goal, compute, rows, row_length, cfg, params)
+        del params
+        seconds, totals = [], Counter()
+        for number in range(count + 1):
+            batch = next(batches)
+            began = time.perf_counter()
+            state, values = jax.block_until_ready(step(state, train.to_devices(batch)))
+            seconds.append(time.perf_counter() - began)
+            if number:
+                totals.update({name: float(values[name]) for name in ("tokens", "scored", "examples")})
+                totals["flops"] += _flops(cfg, batch)
+        peak, _ = _peaks()
+        batches.close()
+    spent = sum(seconds[1:])
+    return {"real_tokens_per_s": totals["tokens"] / spent, "examples_per_s": totals["examples"] / spent,
+            "flops_per_s": totals["flops"] / spent, "mfu": totals["flops"] / spent / peak,
+            "first_step_s": seconds[0], "step_s": seconds[1:], "examples_per_step": totals["examples"] / count,
+            "loss": float(values["loss"]), "memory": jax.devices()[0].memory_stats()}
+
+
+def _trainer(goal: str, compute: Compute, rows: int, row_length: int, cfg, params):
+    """A step, its state, and batches of the case's pairs, or of their chosen sides."""
+    kind, select, completions = train.KINDS["pairs" if goal == "dpo" else "chosen"]
+    pairs = ((line, select(r)) for line, r in records.stream(Path(_MODEL.value) / "pairs.jsonl", kind))
+    pairs = itertools.islice(pairs, 48)  # what the peers take
+    shape, ref_logps = {"row_length": row_length, "rows_per_batch": rows}, None
+    with tempfile.TemporaryDirectory() as folder:
+        data.store(Path(folder) / "0.arrow", data.encode_all(
+            pairs, text.load(_MODEL.value), dropped=Counter(), max_length=row_length), completions=completions)
+        examples = data.Stored([Path(folder) / "0.arrow"])
+        if completions == 2:
+            score = make_scorer(cfg, compute=compute)
+            ref_logps = train.reference(Path(folder) / "reference.jsonl", score, params, examples, {}, **shape)
+    packing = data.Packing(examples.lengths, seed=0, epochs=None, **shape)
+    cfg, tx = lora.config(cfg, rank=_RANK.value, alpha=16.0), optim.adamw(steps=1000, lr=1e-6)
+    params, frozen = lora.split(lora.add(cfg, params, seed=0))
+    step = make_step(cfg, objective(goal, **({"beta": 0.1} if goal == "dpo" else {})), tx, compute=compute)
+    state = TrainState(jax.device_put(np.int32(0), mesh.sharding()), params, jax.jit(tx.init)(params))
+    return partial(step, frozen=frozen), state, train.batches_of(examples, packing, ref_logps)
+
+
+def _flops(cfg: model.ModelConfig, batch: dict) -> float:
+    """FLOPs that a step needs: forward and twice that backward, of what is computed and not of padding."""
+    is_real = batch["segments"] > 0
+    matrices = cfg.L * cfg.D * (2 * cfg.H * (cfg.N + cfg.K) + 3 * cfg.F)
+    sees = np.sum((batch["positions"] + 1) * is_real)  # its prompt, its own branch so far, and itself
+    # LoRA's backward pass has no product for the gradient of a frozen matrix, the head's included.
+    return ((4.0 if _RANK.value else 6.0) * (matrices * is_real.sum() + cfg.V * cfg.D * np.sum(batch["slots"] >= 0))
+            + 12.0 * cfg.L * cfg.N * cfg.H * sees)
+
+
+# --- all of them --------------------------------------------------------------------------------------
+
+
+def contenders(case: str) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The command of every contender of a case, and why others are left out."""
+    ours = [f"--{name}={flags.FLAGS[name].value}" for name in ("model", "shape", "rank", "rows", "remat")]
+    commands, absent = {"align_jax": [sys.executable, __file__, f"--worker={case}", *ours]}, {}
+    interpreters = dict(item.split("=", 1) for item in _PYTHON.value)
+    for name, (peer, script, arguments) in PEERS[case][1].items():
+        path = Path(_PEERS.value) / script
+        if peer not in interpreters:
+            absent[name] = f"--python={peer}=INTERPRETER is not given"
+        elif not path.is_file():
+            absent[name] = f"{path} is not there"
+        else:
+            arguments = arguments.format(shape=shape_file(), rank=_RANK.value)
+            commands[name] = [interpreters[peer], str(path), _MODEL.value, *arguments.split()]
+    return commands, absent
+
+
+def shape_file() -> Path:
+    """config.json of --shape, for a peer."""
+    path = Path(tempfile.gettempdir()) / f"{_SHAPE.value}.json"
+    log.write_json(path, hf_config.config_json(fit.SHAPES[_SHAPE.value]))
+    return path
+
+
+def run(command: list[str]) -> dict:
+    """Run a contender in a process of its own; the last line that it prints is its JSON."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def compare(case: str) -> dict:
+    """Measure a case in rounds; return all that was measured, medians, and our ratio to every peer."""
+    commands, absent = contenders(case)
+    found = {name: [] for name in commands}
+    for name in log.progress([*commands] * _ROUNDS.value, what=case, unit="run"):
+        found[name].append(run(commands[name]))
+    measure = PEERS[case][0]
+    if case == "spread" and "transformers" in found:
+        for one in found["transformers"]:  # which computes batches to their end
+            one |= {"computed_tokens_per_s": one[measure], measure: one[measure] * spread_of_batches()}
+    medians = {name: statistics.median(one[measure] for one in runs) for name, runs in found.items()}
+    memory = {name: max(one.get("peak_rss_gib") or one["peak_gib"] for one in runs) for name, runs in found.items()}
+    return {"measure": measure, "medians": medians, "peak_rss_gib": memory, "absent": absent, "runs": found,
+            "ratios": {name: medians["align_jax"] / median for name, median in medians.items() if name != "align_jax"}}
+
+
+def spread_of_batches() -> float:
+    """Useful tokens by computed ones where batches of SLOTS run until their longest answer ends, out of 512 steps."""
+    batches = [LIMITS[at:at + SLOTS] for at in range(0, len(LIMITS), SLOTS)]
+    return sum(LIMITS) / sum(max(batch) * SLOTS for batch in batches)
+
+
+def main(argv) -> None:
+    if _WORKER.value:
+        found = globals()[_WORKER.value]()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps({"peak_rss_gib": round(peak, 2)} | found))
+        return
+    unknown = set(_CASES.value) - set(PEERS)
+    if unknown:
+        raise app.UsageError(f"--cases: got {sorted(unknown)}, available are {', '.join(PEERS)}")
+    results = {"versions": log.versions(), "cores": os.cpu_count()}
+    for case in _CASES.value:
+        results[case] = result = compare(case)
+        for name, median in result["medians"].items():
+            ratio = f"  {result['ratios'][name]:6.2f} times" if name in result["ratios"] else ""
+            print(f"{case:18} {name:28} {median:10,.3f} {result['measure']}  "
+                  f"{result['peak_rss_gib'][name]:6.2f} GiB{ratio}")
+        for name, why in result["absent"].items():
+            print(f"{case:18} {name:28} left out: {why}")
+        if _OUT.value:
+            log.write_json(Path(_OUT.value), results)
+
+
+if __name__ == "__main__":
+    app.run(main)
