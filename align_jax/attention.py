@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Bool, Int
 
+from align_jax import mesh
 from align_jax.mesh import spec
 
 SAVED = "mixed"  # the name, for remat policies, of what the backward pass wants kept: the output and [R N T]
@@ -37,7 +38,7 @@ def make(segments: Int[Array, "R T"], branches: Int[Array, "R T"], impl: str = "
     Any T is taken. On a GPU, what cuDNN does not have (fp32, H above 128 or not a multiple of 8, odd T) is computed
     without it, with logits in memory.
     """
-    impl = BY_PLATFORM[_platform()] if impl == "auto" else impl
+    impl = BY_PLATFORM[mesh.platform()] if impl == "auto" else impl
     if impl not in KERNELS:
         raise ValueError(f"attention: got {impl!r}, available are 'auto', {', '.join(map(repr, KERNELS))}")
     prepare, attend = KERNELS[impl]
@@ -53,10 +54,6 @@ def visible(segments: Int[Array, "R T"], branches: Int[Array, "R T"]) -> Bool[Ar
     T = segments.shape[1]
     own = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
     return (segments[:, :, None] == segments[:, None, :]) & own & jnp.tril(jnp.ones((T, T), bool))
-
-
-def _platform() -> str:
-    return jax.sharding.get_abstract_mesh().abstract_device.platform
 
 
 def _dense(mask, q, k, v, *, implementation="xla"):
@@ -80,7 +77,7 @@ def _splash_prepare(segments, branches):
     block = _splash_block(segments.shape[1])
     sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     kernel = partial(splash.make_splash_mha, block_sizes=splash.BlockSizes(**dict.fromkeys(sizes, block)),
-                     head_shards=1, q_seq_shards=1, residual_checkpoint_name=SAVED, interpret=_platform() == "cpu")
+                     head_shards=1, q_seq_shards=1, residual_checkpoint_name=SAVED, interpret=mesh.platform() == "cpu")
     # One mask for all heads of a row.
     return jax.vmap(lambda mask: kernel(mask[None]))(visible(_pad(segments, block), _pad(branches, block)))
 

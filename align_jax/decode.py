@@ -238,7 +238,7 @@ def _fill(running: list[_Slot | None], waiting: Iterator) -> list[tuple[int, dic
 
 def _fit(state: dict, column: int, needed: int, most: int) -> tuple[dict, int]:
     """Let the ring have the columns that are needed, and not many more: all of them are read in every step."""
-    ring, fitting = state["caches"][0][0].shape[3], _columns(needed, most)
+    ring, fitting = slots.columns(state), _columns(needed, most)
     if needed <= ring < 2 * fitting:
         return state, column % ring
     slots.resize(state, np.int32(column), ring=fitting)

@@ -74,6 +74,11 @@ def sum_over_rows(partial):
     return jax.lax.psum(jax.lax.psum_scatter(partial, RULES["embed"], scatter_dimension=1, tiled=True), others)
 
 
+def platform() -> str:
+    """What the mesh is made of: cpu, gpu or tpu; inside jit too, and for chips that are not here."""
+    return jax.sharding.get_abstract_mesh().abstract_device.platform
+
+
 def num_row_shards() -> int:
     """Over how many device groups the rows of a batch are split."""
     shape = jax.sharding.get_abstract_mesh().shape  # inside jit too

@@ -14,10 +14,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from align_jax import attention, model
+from align_jax import attention, mesh, model
 from align_jax.mesh import spec
 from align_jax.model import ModelConfig, Params
 
+PLAIN = "RKHS", "RKSH"  # the axes of keys and of values: prompts' everywhere, and the slots' where not said otherwise
+LAYOUTS = {"tpu": ("SKHR", "SKHR")}  # what XLA wants there; any other it would copy whole at both ends of `decode`
 
 @partial(jax.jit, static_argnames="cfg")
 def prepare(cfg: ModelConfig, params: Params) -> Params:
@@ -54,8 +56,8 @@ def prefill(cfg: ModelConfig, params: Params, prefix: list, offset, tokens, leng
     mask = attention.visible(is_real, jnp.zeros_like(is_real))[:, None, None]
 
     def keep(q, k, v, before):
-        own = jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)
-        return _attention(q, *before, (*own, mask)), own
+        own = _laid_out(k, v, PLAIN)
+        return _attention(q, before, (*own, mask), PLAIN), own
 
     attends = [partial(keep, before=before) for before in prefix]
     x, caches = _run(cfg, params, tokens, offset + jnp.maximum(at, 0), attends)
@@ -74,17 +76,22 @@ def shared(prefilled: dict, length) -> list:
 @partial(jax.jit, static_argnames=("cfg", "slots", "ring", "dtype"))
 def empty(cfg: ModelConfig, *, slots: int, ring: int, dtype) -> dict:
     """M slots before anything was admitted; `ring` columns hold the longest prompt and its answer."""
-    split = spec("rows", "heads", None, None)
-    keys, values = (jnp.zeros(shape, dtype, out_sharding=split)
-                    for shape in ((slots, cfg.K, cfg.H, ring), (slots, cfg.K, ring, cfg.H)))
+    sizes = {"R": slots, "K": cfg.K, "H": cfg.H, "S": ring}
+    keys, values = (jnp.zeros([sizes[axis] for axis in axes], dtype, out_sharding=_split(axes)) for axes in _layout())
     return {"x": jnp.zeros((cfg.D, slots), dtype, out_sharding=spec(None, "rows")),
             "caches": [(keys, values)] * cfg.L}
 
 
+def columns(state: dict) -> int:
+    """How many columns its ring has."""
+    return state["caches"][0][0].shape[_layout()[0].index("S")]
+
+
 def resize(state: dict, column, *, ring: int) -> None:
     """Give the slots a ring of another size, layer by layer; what comes next goes into its column 0."""
-    for layer, (keys, values) in enumerate(state["caches"]):
-        state["caches"][layer] = _resized(keys, column, axis=3, ring=ring), _resized(values, column, axis=2, ring=ring)
+    for layer, caches in enumerate(state["caches"]):
+        state["caches"][layer] = tuple(_resized(cache, column, axis=axes.index("S"), ring=ring)
+                                       for cache, axes in zip(caches, _layout(), strict=True))
 
 
 @partial(jax.jit, static_argnames=("axis", "ring"))
@@ -99,25 +106,25 @@ def admit(state: dict, prefilled: dict, which, column) -> dict:
     """Give slot m the prompt of row `which[m]`, -1 to let it go on; its tokens end before `column`."""
     which = jax.sharding.reshard(which, spec("rows"))
     x = prefilled["x"].at[:, which].get(out_sharding=spec(None, "rows"))
-    put = partial(_put, which=which, column=column)
-    caches = [(put(*keys, axis=3), put(*values, axis=2)) for keys, values in
-              (zip(ring, new, strict=True) for ring, new in zip(state["caches"], prefilled["caches"], strict=True))]
+    caches = [tuple(_put(*all_of, which, column) for all_of in zip(rings, _layout(), new, PLAIN, strict=True))
+              for rings, new in zip(state["caches"], prefilled["caches"], strict=True)]
     return {"x": jnp.where(which >= 0, x, state["x"]), "caches": caches}
 
 
-def _put(ring, new, which, column, axis: int):
+def _put(ring, axes: str, new, new_axes: str, which, column):
     """Write prompts into the columns before `column`: where they wrap around, some at the end, some at the start."""
-    columns, width = ring.shape[axis], min(new.shape[axis], ring.shape[axis])
-    new = jax.lax.slice_in_dim(new, new.shape[axis] - width, None, axis=axis)
-    new = new.at[which].get(out_sharding=spec("rows", "heads", None, None))
-    first = (column - width) % columns
-    for start in (jnp.minimum(first, columns - width), 0):
-        source = (start + jnp.arange(width) - first) % columns  # below width: which of the new columns comes here
-        along = tuple(None if d != axis else slice(None) for d in range(4))
-        is_new = (source < width)[along] & (which >= 0)[:, None, None, None]
-        fresh = jnp.take(new, jnp.minimum(source, width - 1), axis=axis)
-        old = jax.lax.dynamic_slice_in_dim(ring, start, width, axis)
-        ring = jax.lax.dynamic_update_slice_in_dim(ring, jnp.where(is_new, fresh, old), start, axis)
+    at, new_at = axes.index("S"), new_axes.index("S")
+    size, width = ring.shape[at], min(new.shape[new_at], ring.shape[at])
+    new = jax.lax.slice_in_dim(new, new.shape[new_at] - width, None, axis=new_at)
+    new = jnp.einsum(f"{new_axes}->{axes}", new.at[which].get(out_sharding=_split(new_axes)))
+    first = (column - width) % size
+    for start in (jnp.minimum(first, size - width), 0):
+        source = (start + jnp.arange(width) - first) % size  # below width: which of the new columns comes here
+        is_new = (which >= 0)[:, None] & (source < width)
+        is_new = jnp.expand_dims(is_new if axes.index("R") < at else is_new.T, [axes.index(axis) for axis in "KH"])
+        fresh = jnp.take(new, jnp.minimum(source, width - 1), axis=at)
+        old = jax.lax.dynamic_slice_in_dim(ring, start, width, at)
+        ring = jax.lax.dynamic_update_slice_in_dim(ring, jnp.where(is_new, fresh, old), start, at)
     return ring
 
 
@@ -133,12 +140,12 @@ def decode(cfg: ModelConfig, params: Params, prefix: list, state: dict, table: d
     uniforms = jax.sharding.reshard(_uniforms(table, chunk), spec(None, None, "rows"))
     age, written, limit = (jax.sharding.reshard(table[name], spec("rows")) for name in ("age", "written", "limit"))
     head = model.head(params, state["x"].dtype)
-    ring = jnp.arange(state["caches"][0][0].shape[3])
+    ring, layout = jnp.arange(columns(state)), _layout()
 
-    def write(q, k, v, before, cache, at, mask):
-        cache = tuple(jax.lax.dynamic_update_slice_in_dim(ring, jnp.moveaxis(new, 1, axis), at, axis)
-                      for ring, new, axis in zip(cache, (k, v), (3, 2), strict=True))
-        return _attention(q, *before, (*cache, mask)), cache
+    def write(q, k, v, before, caches, at, mask):
+        caches = tuple(jax.lax.dynamic_update_slice_in_dim(cache, new, at, axes.index("S"))
+                       for cache, new, axes in zip(caches, _laid_out(k, v, layout), layout, strict=True))
+        return _attention(q, before, (*caches, mask), layout), caches
 
     def step(s):
         i, at = s["i"], (column + s["i"]) % len(ring)
@@ -147,8 +154,8 @@ def decode(cfg: ModelConfig, params: Params, prefix: list, state: dict, table: d
         token, logp = _choose(jax.sharding.reshard(logits, spec(None, "rows")), uniforms[i],
                               temperature=temperature, top_p=top_p)
         mask = ((at - ring) % len(ring) <= (age + i)[:, None])[:, None, None, None]
-        attends = [partial(write, before=before, cache=cache, at=at, mask=mask)
-                   for before, cache in zip(prefix, s["caches"], strict=True)]
+        attends = [partial(write, before=before, caches=caches, at=at, mask=mask)
+                   for before, caches in zip(prefix, s["caches"], strict=True)]
         x, caches = _run(cfg, params, token[:, None], (table["offset"] + age + i)[:, None], attends)
         done = s["done"] | (written + i + 1 >= limit) | jnp.any(token == jnp.array(stop_ids)[:, None], axis=0)
         return {"i": i + 1, "x": x[:, :, 0], "caches": caches, "done": done,
@@ -215,22 +222,35 @@ def _norm(x, weight, eps: float):
     return y.astype(x.dtype) * weight[:, None, None]
 
 
-def _attention(q, *parts):
-    """Attend [R T N H] to parts of what came before: keys [R K H S], values [R K S H], a mask that fits [R K G T S].
+def _layout() -> tuple[str, str]:
+    return LAYOUTS.get(mesh.platform(), PLAIN)
 
-    Parts without R are seen by all rows. One softmax in fp32 over all parts, divided by its sum at the end; the result
-    has its heads in one axis [R T N*H].
+
+def _laid_out(k, v, layout: tuple[str, str]) -> tuple:
+    return tuple(jnp.einsum(f"RSKH->{axes}", x) for x, axes in zip((k, v), layout, strict=True))
+
+
+def _split(axes: str):
+    return spec(*({"R": "rows", "K": "heads"}.get(axis) for axis in axes))
+
+
+def _attention(q, before: tuple, own: tuple, layout: tuple[str, str]):
+    """Attend [R T N H] to what all rows have before them and to what each has of its own.
+
+    Each is keys, values and a mask that fits [R K G T S]; `layout` names the axes of the own keys and values, those
+    before are PLAIN without R. One softmax in fp32 over all, divided by its sum at the end. Returns [R T N*H].
     """
     R, T, N, H = q.shape
-    K = parts[0][0].shape[-3]
+    parts = [(*part, *(axes[1:] for axes in PLAIN)) for part in before] + [(*own, *layout)]
+    K = own[0].shape[layout[0].index("K")]
     q = q.reshape(R, T, K, N // K, H, out_sharding=spec("rows", None, "heads", None, None))
     f32 = {"preferred_element_type": jnp.float32}
-    scores = [jnp.where(mask, jnp.einsum(f"RKGTH,{'RKHS'[-keys.ndim:]}->RKGTS", jnp.moveaxis(q, 1, 3), keys, **f32)
-                        * H**-0.5, -jnp.inf) for keys, _, mask in parts]
+    scores = [jnp.where(mask, jnp.einsum(f"RKGTH,{axes}->RKGTS", jnp.moveaxis(q, 1, 3), keys, **f32) * H**-0.5,
+                        -jnp.inf) for keys, _, mask, axes, _ in parts]
     top = jnp.max(jnp.stack([jnp.max(s, axis=-1) for s in scores]), axis=0)[..., None]
     weights = [jnp.exp(s - top) for s in scores]
-    mixed = sum(jnp.einsum(f"RKGTS,{'RKSH'[-values.ndim:]}->RKGTH", w.astype(q.dtype), values, **f32)
-                for w, (_, values, _) in zip(weights, parts, strict=True))
+    mixed = sum(jnp.einsum(f"RKGTS,{axes}->RKGTH", w.astype(q.dtype), values, **f32)
+                for w, (_, values, _, _, axes) in zip(weights, parts, strict=True))
     mixed = (mixed / sum(jnp.sum(w, axis=-1) for w in weights)[..., None]).astype(q.dtype)
     return jnp.moveaxis(mixed, 3, 1).reshape(R, T, N * H, out_sharding=spec("rows", None, "heads"))
 

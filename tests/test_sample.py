@@ -281,6 +281,14 @@ def test_a_ring_that_grows_and_shrinks_changes_no_sample(monkeypatch, expected, 
     assert 1 in steps and -1 in steps
 
 
+def test_the_layout_of_another_platform_gives_the_same_samples(monkeypatch, expected, one_device):
+    monkeypatch.setattr(slots, "LAYOUTS", {"cpu": slots.LAYOUTS["tpu"]})
+    jax.clear_caches()  # what was compiled before knows nothing of it
+    got = drawn(limits=SPREAD, batch_size=8)
+    jax.clear_caches()
+    assert ids_of(got) == {name: [ids[:SPREAD[name]] for ids in rows] for name, rows in ids_of(expected).items()}
+
+
 def test_slots_stay_busy_while_long_and_short_answers_mix(one_device):
     who = dataclasses.replace(sampler(), stop_ids=(-1,))  # nothing ends but by its limit
     limits = {name: 4 + 11 * i for i, (name, _) in enumerate(PROMPTS)}
