@@ -327,7 +327,7 @@ def test_the_quickstart_config_fits_the_functions_that_take_it(arg):
     fits(mesh.make, **c["mesh"])
     fits(hf.load, "", dtype=c["sampling_dtype"])
     for stage, recipe in c["train"].items():
-        assert set(recipe) == {"rule", "steps", "data", "objective", "optim", "compute", "ckpt"}, stage
+        assert set(recipe) == {"rule", "steps", "data", "objective", "optim", "lora", "compute", "ckpt"}, stage
         assert recipe["rule"] in study.pairs.RULES and Compute(**recipe["compute"])
         wanted = train.KINDS[recipe["data"]["kind"]][0]
         assert wanted is Pair and objective(**recipe["objective"])
