@@ -203,7 +203,11 @@ def test_a_killed_run_ends_in_the_same_file(sampler, tmp_path, die_after, killed
 
     die_after(None)
     sample.to_file(path, sampler, PROMPTS, **SETTINGS)
-    assert path.read_bytes() == whole.read_bytes() and [*path.parent.iterdir()] == [path]
+    # The number of slots follows what is left, and with it the last bits of a log-prob; nothing else may differ.
+    found, expected = (records.read(file, Sample) for file in (path, whole))
+    assert [s.logp for s in found] == pytest.approx([s.logp for s in expected], abs=1e-4)
+    assert [dataclasses.replace(s, logp=0.0) for s in found] == [dataclasses.replace(s, logp=0.0) for s in expected]
+    assert [*path.parent.iterdir()] == [path]
     if not torn:
         assert len(asked[1]) == len(PROMPTS) - killed_after  # what was there is not made again
 
