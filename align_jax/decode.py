@@ -165,7 +165,7 @@ def _answers(sampler: Sampler, work: Work, asked: list[_Prompt], n: int, batch_s
     """Decode until all is answered: fill the free slots, run until enough are free again, look who has ended."""
     if not asked:
         return
-    began, M = time.perf_counter(), _up(batch_size, mesh.num_row_shards())
+    began, M = time.perf_counter(), _up(max(batch_size, 2), mesh.num_row_shards())  # an axis of one is not split
     prefix, offset = _common_start(sampler, asked)
     asked = [dataclasses.replace(p, ids=p.ids[offset:]) for p in asked]
     most = _up(max(len(p.ids) + p.limit for p in asked), 32)
