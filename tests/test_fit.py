@@ -160,10 +160,10 @@ def test_the_clock_is_the_chips(name):
     """A large product runs near the peak, and eight of them in a loop eight times as long."""
     chip, devices = fit.accelerator(name)
     one = NamedSharding(jax.sharding.Mesh(devices[:1], "x"), PartitionSpec())
-    a = jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16, sharding=one)
+    a = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=one)
     loop = jax.jit(lambda a: jax.lax.scan(lambda x, _: (a @ x, None), a, length=8)[0])
     seconds = fit.num_cycles(loop.lower(a).compile().as_text(), 1) / chip.clock
-    assert 0.5 < 8 * 2 * 8192**3 / chip.flops / seconds < 1.0
+    assert 0.5 < 8 * 2 * 4096**3 / chip.flops / seconds < 1.0
 
 
 # --- compiled -----------------------------------------------------------------------------------------
@@ -195,12 +195,6 @@ def test_the_command_refuses_what_does_not_fit():
     total = re.search(r"^ +([\d.]+)  in all, \d+% of 15.75$", done.stdout, re.M)
     assert float(total[1]) > 4 * 29.92
     assert "\ndoes not fit v5e-1; what may help: " in done.stdout
-
-
-def test_the_command_names_what_is_available():
-    done = subprocess.run([sys.executable, "-m", "align_jax.train", "--config=configs/dpo.py", "--fit=v5"], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: fit: got 'v5', available are v5e-1")
 
 
 @needs_libtpu
