@@ -120,15 +120,34 @@ class Layers(nnx.Module):
     def _project(self, x, name: str):
         """x W + bias, and (alpha / r) (x A) B where there are adapters."""
         inner, outer = MATRICES[name]
-        times = partial(jnp.einsum, out_sharding=spec("rows", None, *map(SPLIT.get, outer)))
-        y = times(f"RT{inner},{inner}{outer}->RT{outer}", x, _cast(getattr(self, name), x))
+        y = _times(x, getattr(self, name)[...], inner, outer)
         if hasattr(self, name + "_bias"):
             y += _cast(getattr(self, name + "_bias"), x)
         if hasattr(self, name + "_a"):
-            A, B = (_cast(getattr(self, name + side), x) for side in ("_a", "_b"))
-            low = jnp.einsum(f"RT{inner},{inner}r->RTr", x, A, out_sharding=spec("rows", None, None))
-            y += times(f"RTr,r{outer}->RT{outer}", self.adapter_scale * low, B)
-        return y
+            low = _times(x, getattr(self, name + "_a")[...], inner, "r")
+            y += _times(self.adapter_scale * low, getattr(self, name + "_b")[...], "r", outer)
+        return checkpoint_name(y, "product")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _times(x, W, inner: str, outer: str):
+    """x [R T *inner] times W [*inner *outer], in the dtype of x."""
+    return jnp.einsum(f"RT{inner},{inner}{outer}->RT{outer}", x, _cast(W, x), out_sharding=_activation(outer))
+
+
+def _times_backward(inner, outer, kept, g):
+    # Autodiff says (g, x) and transposes, for which XLA's CPU compiler copies g and x, and would keep W cast.
+    x, W = kept
+    dx = jnp.einsum(f"RT{outer},{inner}{outer}->RT{inner}", g, _cast(W, g), out_sharding=_activation(inner))
+    dW = jnp.einsum(f"RT{inner},RT{outer}->{inner}{outer}", x, g, out_sharding=jax.typeof(W).sharding)
+    return dx, _cast(dW, W)
+
+
+def _activation(axes: str):
+    return spec("rows", None, *map(SPLIT.get, axes))
+
+
+_times.defvjp(lambda x, W, inner, outer: (_times(x, W, inner, outer), (x, W)), _times_backward)
 
 
 class Transformer(nnx.Module):
@@ -213,7 +232,7 @@ def unembed(head: Float[Array, "V D"], x: Float[Array, "*B D"]) -> Float[Array, 
 _policies = jax.checkpoint_policies
 REMAT = {  # what is kept of a layer for the backward pass, beside its input
     "none": None,  # all of it
-    "dots": _policies.dots_with_no_batch_dims_saveable,  # what the matrix products gave
+    "dots": _policies.save_only_these_names("product"),  # what the weights' products gave
     "mixed": _policies.save_only_these_names("mixed"),  # what attention gave: it is not run again (but by cuDNN)
     "full": _policies.nothing_saveable,
     "offload": _policies.save_and_offload_only_these_names(  # the inputs too wait in the host's memory

@@ -79,7 +79,7 @@ DEVICES = {  # the beginning of jax's device kind -> dense bf16 FLOP/s, bytes a 
 
 def dpo() -> dict:
     """Steps on about 8 pairs each, in float32, as the peers take them."""
-    return _steps("dpo", Compute("float32", remat="none", chunk=512), rows=2, row_length=1024, count=6,
+    return _steps("dpo", Compute("float32", remat="dots", chunk=512), rows=2, row_length=1024, count=6,
                   weights=lambda: hf.load(_MODEL.value, dtype="float32"))
 
 
