@@ -7,4 +7,4 @@ EXTRAS="test" source tools/venv.sh
 
 ruff check .
 shellcheck --external-sources --severity=warning launch/*.sh tools/*.sh
-exec python -m pytest tests -q --durations=10 -m "not slow" "$@"
+exec python -m pytest tests -q --durations=10 --timeout=900 -m "not slow" "$@"
