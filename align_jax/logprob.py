@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from align_jax import mesh
 from align_jax.mesh import spec
 
-VOCAB, EMBED = mesh.RULES["vocab"], mesh.RULES["embed"]
+VOCAB = mesh.RULES["vocab"]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -55,7 +55,7 @@ def _on_every_device(f, out_specs):
 
 
 def _local_forward(head, x, tokens, sources, is_scored, *, chunk: int):
-    head, scored, take = _gather(head), *_chunks(x, tokens, sources, is_scored, chunk)
+    head, scored, take = mesh.whole(head), *_chunks(x, tokens, sources, is_scored, chunk)
 
     def one(i, logps):
         states, targets, at = take(i)
@@ -71,7 +71,7 @@ def _local_forward(head, x, tokens, sources, is_scored, *, chunk: int):
 
 
 def _local_backward(head, x, tokens, sources, is_scored, normaliser, g, *, chunk: int):
-    head, scored, take = _gather(head), *_chunks(x, tokens, sources, is_scored, chunk)
+    head, scored, take = mesh.whole(head), *_chunks(x, tokens, sources, is_scored, chunk)
     flat_g, flat_normaliser = g.reshape(-1), normaliser.reshape(-1)
 
     def one(i, grads):
@@ -87,11 +87,6 @@ def _local_backward(head, x, tokens, sources, is_scored, normaliser, g, *, chunk
     nothing = jnp.zeros(head.shape, jnp.float32), jnp.zeros((tokens.size, x.shape[-1]), jnp.float32)
     d_head, d_x = jax.lax.fori_loop(0, _num_chunks(scored, chunk), one, nothing)
     return mesh.sum_over_rows(d_head), jax.lax.psum(d_x, VOCAB).reshape(x.shape)
-
-
-def _gather(head):
-    """The output matrix, whole in D: once, and not again in every chunk."""
-    return jax.lax.all_gather(head, EMBED, axis=1, tiled=True)
 
 
 def _chunks(x, tokens, sources, is_scored, chunk: int):

@@ -68,10 +68,22 @@ def sharding(*axes: str | None) -> NamedSharding:
     return NamedSharding(jax.sharding.get_mesh(), spec(*axes))
 
 
-def sum_over_rows(partial):
+def whole(x):
+    """Within a shard_map: an array [V D], or a part of its V, with all of D; only what is split is gathered."""
+    # XLA copies what a collective over one device is given, on CPUs through another layout and back.
+    return jax.lax.all_gather(x, RULES["embed"], axis=1, tiled=True) if _is_split(RULES["embed"]) else x
+
+
+def sum_over_rows(x):
     """Within a shard_map: add up what all devices with rows have of an array [V D], each keeping its part of D."""
-    others = [axis for axis in RULES["rows"] if axis != RULES["embed"]]
-    return jax.lax.psum(jax.lax.psum_scatter(partial, RULES["embed"], scatter_dimension=1, tiled=True), others)
+    for axis in filter(_is_split, RULES["rows"]):
+        scatter = axis == RULES["embed"]
+        x = jax.lax.psum_scatter(x, axis, scatter_dimension=1, tiled=True) if scatter else jax.lax.psum(x, axis)
+    return x
+
+
+def _is_split(axis: str) -> bool:
+    return jax.lax.axis_size(axis) > 1
 
 
 def platform() -> str:

@@ -232,7 +232,7 @@ def unembed(head: Float[Array, "V D"], x: Float[Array, "*B D"]) -> Float[Array, 
 _policies = jax.checkpoint_policies
 REMAT = {  # what is kept of a layer for the backward pass, beside its input
     "none": None,  # all of it
-    "dots": _policies.save_only_these_names("product"),  # what the weights' products gave
+    "dots": _policies.save_only_these_names("product", "mixed"),  # what products with weights, and attention, gave
     "mixed": _policies.save_only_these_names("mixed"),  # what attention gave: it is not run again (but by cuDNN)
     "full": _policies.nothing_saveable,
     "offload": _policies.save_and_offload_only_these_names(  # the inputs too wait in the host's memory
