@@ -1,5 +1,6 @@
 """A command and its run folder: config, errors, metrics as JSONL and TensorBoard, the progress bar."""
 
+import contextlib
 import json
 import math
 import os
@@ -43,7 +44,8 @@ def command(main: Callable) -> None:
             raise SystemExit(f"error: unexpected arguments {argv[1:]}; settings are --config.section.key=value")
         logging.set_verbosity(logging.WARNING)  # orbax tells much
         try:
-            main(config.value.to_dict())
+            with faults_in_one_line():
+                main(config.value.to_dict())
         except KeyboardInterrupt:
             print("interrupted; the same command continues", file=sys.stderr, flush=True)
             os._exit(130)  # all is closed; taking jax down while it computes ends in a segmentation fault
@@ -54,16 +56,23 @@ def command(main: Callable) -> None:
                   f"{str(error).splitlines()[0]}\nstart the same command on every host again: it continues from the "
                   "newest checkpoint", file=sys.stderr, flush=True)
             os._exit(1)  # an orderly end would wait for the host that is gone
-        except (ValueError, OSError) as error:
-            if jax.process_count() > 1:  # an orderly end would wait for hosts that do not know of it
-                print(f"error: host {jax.process_index()}: {error}", file=sys.stderr, flush=True)
-                os._exit(1)
-            frames = traceback.extract_tb(error.__traceback__)
-            if isinstance(error, OSError) or Path(__file__).parent in Path(frames[-1].filename).parents:
-                raise SystemExit(f"error: {error}") from None
-            raise
 
     app.run(run, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def faults_in_one_line():
+    """What we refuse, and what the system does, ends the program in one line; what is our fault keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if jax.process_count() > 1:  # an orderly end would wait for hosts that do not know of it
+            print(f"error: host {jax.process_index()}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+        frames = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, OSError) or Path(__file__).parent in Path(frames[-1].filename).parents:
+            raise SystemExit(f"error: {error}") from None
+        raise
 
 
 def say(message: str) -> None:
