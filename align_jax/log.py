@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 from tqdm import tqdm
@@ -148,12 +149,16 @@ def once(book: Path, name: str, work: Callable[[], dict]) -> None:
 class Termination:
     """`with Termination() as ended`: SIGTERM ends a loop behind a step that all hosts agree on, not at once.
 
-    On several hosts the notice reaches jax's coordinator, whichever host got it.
+    On several hosts the notice reaches jax's coordinator, whichever host got it. Before this, where there is nothing
+    to save, SIGTERM ends a process as it usually does: jax itself would take it from the start on (`mesh.start_hosts`).
     """
 
     def __enter__(self):
         self.came, self.is_alone = False, jax.process_count() == 1
-        if self.is_alone and threading.current_thread() is threading.main_thread():
+        if not self.is_alone:
+            jax.config.update("jax_enable_preemption_service", True)
+            distributed.global_state.initialize_preemption_sync_manager()
+        elif threading.current_thread() is threading.main_thread():
             self.before = signal.signal(signal.SIGTERM, self._note)
         return self
 

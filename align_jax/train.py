@@ -279,7 +279,7 @@ def main(c: Mapping, accelerator: str | None = None) -> None:
 
         check(c)
         raise SystemExit(0 if fit.main(c, accelerator) else 1)
-    mesh.start_hosts(saves_on_sigterm=True)
+    mesh.start_hosts()
     train(c)
 
 

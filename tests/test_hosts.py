@@ -32,6 +32,12 @@ def write_and_end(metrics, number, values):
 log.Metrics.write = write_and_end
 runpy.run_module("align_jax.train", run_name="__main__")
 """
+EARLY = """
+import os, runpy, signal
+from align_jax import data
+data.encode_all = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+runpy.run_module("align_jax.train", run_name="__main__")
+"""
 FACTORY = """
 import runpy, sys
 sys.path.insert(0, "tests")
@@ -155,6 +161,11 @@ def test_a_run_goes_from_two_hosts_to_one_and_back_by_sigterm(one, tmp_path):
         at = int(re.search(r"terminated, saved step (\d+) of 8", output)[1])
     assert f"continuing after step {at}" in finished(on_two(run))
     same_losses(run, one)
+
+
+def test_sigterm_ends_at_once_what_has_nothing_to_save(tmp_path):
+    ended = on_two(tmp_path / "run", program=("-c", EARLY))
+    assert [status for status, _ in ended] == [-signal.SIGTERM] * 2, ended  # 143, as a shell has it
 
 
 @pytest.mark.slow
