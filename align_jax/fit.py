@@ -58,17 +58,19 @@ SHAPES = {  # the models of the study, base and instruct alike
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one chip has: GiB that a program may use, bf16 FLOP/s, and Hz."""
+    """What jax calls a chip (a pattern), and what it has: GiB for a program, dense bf16 FLOP/s, bytes/s, and Hz."""
 
+    kind: str
     memory: float
     flops: float
+    bandwidth: float
     clock: float = 0.0
 
 
 CHIPS = {  # memory: what libtpu says is available
-    "v5e": Chip(15.75, 197e12, 1.5e9),
-    "v5p": Chip(95.73, 459e12, 1.75e9),
-    "v6e": Chip(31.24, 918e12, 1.75e9),
+    "v5e": Chip("TPU v5 lite", 15.75, 197e12, 819e9, 1.5e9),
+    "v5p": Chip("TPU v5", 95.73, 459e12, 2765e9, 1.75e9),
+    "v6e": Chip("TPU v6 lite", 31.24, 918e12, 1640e9, 1.75e9),
 }
 FLAT, CUBES = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16", "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16"
 SLICES = {  # as Cloud spells a kind: the chip, the slices that are made of it, and what the number counts per chip
@@ -77,8 +79,12 @@ SLICES = {  # as Cloud spells a kind: the chip, the slices that are made of it, 
 TPUS = {f"{name}-{count * math.prod(map(int, layout.split('x')))}": (chip, layout)
         for name, (chip, layouts, count) in SLICES.items() for layout in layouts.split()}
 GPUS = {  # memory: 0.9 of the card's, which XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 lets jax have
-    "l4-24gb": Chip(20.2, 121e12), "rtx4090-24gb": Chip(21.6, 165e12), "a100-40gb": Chip(36.0, 312e12),
-    "a100-80gb": Chip(72.0, 312e12), "h100-80gb": Chip(71.7, 989e12),
+    "l4-24gb": Chip("NVIDIA L4", 20.2, 121e12, 300e9),
+    "rtx4090-24gb": Chip("NVIDIA GeForce RTX 4090", 21.6, 165e12, 1008e9),
+    "a100-40gb": Chip("NVIDIA A100.*40GB", 36.0, 312e12, 1555e9),
+    "a100-80gb": Chip("NVIDIA A100.*80GB.*", 72.0, 312e12, 2.0e12),
+    "h100-80gb": Chip("NVIDIA H100.*", 71.7, 989e12, 3.35e12),
+    "h200-141gb": Chip("NVIDIA H200.*", 125.8, 989e12, 4.8e12),
 }
 # libtpu looks for a TPU around it, tells at length that there is none, and would be alone on the machine.
 ALONE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost",
@@ -99,6 +105,12 @@ def accelerator(name: str) -> tuple[Chip, list[jax.Device]]:
                          f"as estimates {', '.join(GPUS)}, of which 2x, 4x, 8x and 16x")
     chip, layout = TPUS[one]
     return CHIPS[chip], _topology(chip, layout, **({"num_slices": count} if count > 1 else {}))
+
+
+def of_kind(kind: str) -> Chip:
+    """The chip that jax calls so; of one that stands in no table every number is nan."""
+    known = (chip for chip in (CHIPS | GPUS).values() if re.fullmatch(chip.kind, kind))
+    return next(known, Chip(kind, math.nan, math.nan, math.nan))
 
 
 def _topology(chip: str, layout: str, **settings) -> list[jax.Device]:
@@ -149,17 +161,17 @@ def num_bytes(tree) -> int:
                for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != "pinned_host")
 
 
-def num_flops(cfg: ModelConfig, rows: int, row_length: int) -> tuple[float, float]:
+def num_flops(cfg: ModelConfig, *, tokens: int, scored: int, seen: float) -> tuple[float, float]:
     """FLOPs of a train step, in its matrices and in attention.
 
-    Forward, as much again backward, and as much again for the gradient of what is trained.
+    Forward, as much again backward, and as much again for the gradient of what is trained. Of the tokens those that
+    are scored pass through the head; `seen` counts, over all of them, the tokens that one attends to.
     """
     size = {axes: math.prod(getattr(cfg, axis) for axis in axes) for axes in ("D", "F", "NH", "KH")}
-    matrices = cfg.V * cfg.D + cfg.L * sum(size[inner] * size[outer] for inner, outer in model.MATRICES.values())
-    adapters = cfg.L * cfg.r * sum(size[inner] + size[outer] for inner, outer in model.MATRICES.values())
-    each = (2 * matrices + 3 * adapters) if cfg.r else 3 * matrices
-    attention = 3 * row_length * cfg.L * cfg.N * cfg.H  # a token: two products, with T / 2 others on average
-    return 2.0 * rows * row_length * each, 2.0 * rows * row_length * attention
+    matrices = tokens * cfg.L * sum(size[inner] * size[outer] for inner, outer in model.MATRICES.values())
+    matrices += scored * cfg.V * cfg.D
+    adapters = tokens * cfg.L * cfg.r * sum(size[inner] + size[outer] for inner, outer in model.MATRICES.values())
+    return 2.0 * (2 * matrices + 3 * adapters if cfg.r else 3 * matrices), 12.0 * cfg.L * cfg.N * cfg.H * seen
 
 
 def num_cycles(hlo: str, trips: int) -> int:
@@ -181,6 +193,9 @@ def num_cycles(hlo: str, trips: int) -> int:
 
 
 # --- what it takes ------------------------------------------------------------------------------------
+
+
+REST = "gradients, activations, the program"  # what shapes do not tell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +221,7 @@ class Fit:
 
 
 def measure(c: Mapping, name: str) -> Fit:
-    """Compile the step of a training's config for the accelerator of this name."""
+    """Compile the step of a training's config for the accelerator of this name, and say so once nothing is refused."""
     chip, devices = accelerator(name)
     cfg = lora.config(shape(c["start"]), rank=c["lora"]["rank"], alpha=c["lora"]["alpha"])
     chunk, accumulate = c["compute"]["chunk"], c["compute"]["accumulate"]
@@ -215,11 +230,13 @@ def measure(c: Mapping, name: str) -> Fit:
     with jax.set_mesh(made):
         began = time.perf_counter()
         lowered, parts = lower(c, cfg)
+        compiler = "as many TPU v5p chips, an estimate for " if chip in GPUS.values() else ""
+        print(f"{c['start']}, {c['objective']['name']}: compiling the step for {compiler}{name}", flush=True)
         total, host, hlo = _compile(lowered)
         compiling = time.perf_counter() - began
         chunks = math.ceil(rows * T / mesh.num_row_shards() / accumulate / chunk)
-    parts["gradients, activations, the program"] = total - sum(parts.values())
-    flops = num_flops(cfg, rows, T)
+    parts[REST] = total - sum(parts.values())
+    flops = num_flops(cfg, tokens=rows * T, scored=rows * T, seen=rows * T * T / 2)
     matrices, attention = (each / len(devices) / chip.flops for each in flops)
     seconds = 0.0
     if hlo and chip.clock:
@@ -259,11 +276,9 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[float, float, str]:
 def main(c: Mapping, name: str) -> bool:
     """Print what the step of a training's config takes of an accelerator; return whether it fits."""
     jax.config.update("jax_platforms", "cpu")  # what else is here is not needed
-    compiler = "as many TPU v5p chips, an estimate for " if name.endswith(tuple(GPUS)) else ""
-    print(f"{c['start']}, {c['objective']['name']}: compiling the step for {compiler}{name}", flush=True)
     fit = measure(c, name)
     print(report(fit))
-    print(f"fits {name}" if fit.fits else f"does not fit {name}; what may help: {'; '.join(hints(c))}")
+    print(f"fits {name}" if fit.fits else f"does not fit {name}; what may help: {'; '.join(hints(c, fit))}")
     return fit.fits
 
 
@@ -279,17 +294,19 @@ def report(fit: Fit) -> str:
     return "\n".join([*lines, f"compiled in {fit.compiling:.0f} s"])
 
 
-def hints(c: Mapping) -> list[str]:
-    """What would make the step of a config smaller, what costs least first."""
-    rows, compute = c["data"]["rows_per_batch"], c["compute"]
-    tried = [
-        ("mesh.fsdp=-1 and a smaller mesh.data", c["mesh"]["fsdp"] != -1),
-        ("compute.remat=full", compute["remat"] not in ("full", "offload")),
-        ("a larger compute.accumulate", rows > compute["accumulate"]),
-        ("compute.remat=offload", compute["remat"] != "offload"),
-        ("optim.offload=True", not c["optim"]["offload"]),
-        ("lora.rank=16", not c["lora"]["rank"]),
-        ("fewer data.rows_per_batch or a shorter data.row_length", True),
-        ("a larger slice", True),
-    ]
-    return [hint for hint, is_open in tried if is_open]
+def hints(c: Mapping, fit: Fit) -> list[str]:
+    """What would make the step of a config smaller and is not in use: for its largest part first, cheapest first."""
+    compute, is_lora = c["compute"], c["lora"]["rank"] > 0
+    row_shards = fit.mesh["data"] * fit.mesh["fsdp"]
+    remat = {"none": "mixed", "dots": "mixed", "mixed": "full", "full": "offload"}.get(compute["remat"])
+    split = ("less of mesh.data (one a slice, at least) and more of mesh.fsdp", fit.mesh["data"] > 1)
+    adapters = ("lora.rank=16", not is_lora)
+    known = {
+        "weights": [split, ("lora.base_dtype=bfloat16", is_lora and c["lora"]["base_dtype"] == "float32"), adapters],
+        "optimizer state": [split, ("optim.offload=True", not c["optim"]["offload"]), adapters],
+        REST: [("compute.dtype=bfloat16", compute["dtype"] == "float32"),
+               ("more of compute.accumulate", c["data"]["rows_per_batch"] > row_shards * compute["accumulate"]),
+               (f"compute.remat={remat}", remat), split, adapters, ("a shorter data.row_length", True)],
+    }
+    large = sorted((part for part in known if fit.parts[part] > fit.total / 10), key=fit.parts.get, reverse=True)
+    return [*dict.fromkeys(hint for part in large for hint, is_open in known[part] if is_open), "a larger slice"]

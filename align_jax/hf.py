@@ -30,7 +30,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from align_jax import mesh, model, records, tensorfile
+from align_jax import log, mesh, model, records, tensorfile
 from align_jax.hf_config import FIELDS, config, config_json, read_json, several
 from align_jax.model import ModelConfig, Params
 from align_jax.tensorfile import DTYPES, Stored
@@ -407,4 +407,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with log.faults_in_one_line():
+        main()

@@ -1,5 +1,6 @@
 """A command and its run folder: config, errors, metrics as JSONL and TensorBoard, the progress bar."""
 
+import contextlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 from tqdm import tqdm
@@ -43,7 +45,8 @@ def command(main: Callable) -> None:
             raise SystemExit(f"error: unexpected arguments {argv[1:]}; settings are --config.section.key=value")
         logging.set_verbosity(logging.WARNING)  # orbax tells much
         try:
-            main(config.value.to_dict())
+            with faults_in_one_line():
+                main(config.value.to_dict())
         except KeyboardInterrupt:
             print("interrupted; the same command continues", file=sys.stderr, flush=True)
             os._exit(130)  # all is closed; taking jax down while it computes ends in a segmentation fault
@@ -54,16 +57,23 @@ def command(main: Callable) -> None:
                   f"{str(error).splitlines()[0]}\nstart the same command on every host again: it continues from the "
                   "newest checkpoint", file=sys.stderr, flush=True)
             os._exit(1)  # an orderly end would wait for the host that is gone
-        except (ValueError, OSError) as error:
-            if jax.process_count() > 1:  # an orderly end would wait for hosts that do not know of it
-                print(f"error: host {jax.process_index()}: {error}", file=sys.stderr, flush=True)
-                os._exit(1)
-            frames = traceback.extract_tb(error.__traceback__)
-            if isinstance(error, OSError) or Path(__file__).parent in Path(frames[-1].filename).parents:
-                raise SystemExit(f"error: {error}") from None
-            raise
 
     app.run(run, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def faults_in_one_line():
+    """What we refuse, and what the system does, ends the program in one line; what is our fault keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if jax.process_count() > 1:  # an orderly end would wait for hosts that do not know of it
+            print(f"error: host {jax.process_index()}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+        frames = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, OSError) or Path(__file__).parent in Path(frames[-1].filename).parents:
+            raise SystemExit(f"error: {error}") from None
+        raise
 
 
 def say(message: str) -> None:
@@ -139,12 +149,16 @@ def once(book: Path, name: str, work: Callable[[], dict]) -> None:
 class Termination:
     """`with Termination() as ended`: SIGTERM ends a loop behind a step that all hosts agree on, not at once.
 
-    On several hosts the notice reaches jax's coordinator, whichever host got it.
+    On several hosts the notice reaches jax's coordinator, whichever host got it. Before this, where there is nothing
+    to save, SIGTERM ends a process as it usually does: jax itself would take it from the start on (`mesh.start_hosts`).
     """
 
     def __enter__(self):
         self.came, self.is_alone = False, jax.process_count() == 1
-        if self.is_alone and threading.current_thread() is threading.main_thread():
+        if not self.is_alone:
+            jax.config.update("jax_enable_preemption_service", True)
+            distributed.global_state.initialize_preemption_sync_manager()
+        elif threading.current_thread() is threading.main_thread():
             self.before = signal.signal(signal.SIGTERM, self._note)
         return self
 

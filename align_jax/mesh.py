@@ -108,12 +108,9 @@ def check_rows(rows_per_batch: int, accumulate: int) -> None:
                          f"mesh.data x mesh.fsdp ({shards}) x compute.accumulate ({accumulate})")
 
 
-def start_hosts(*, saves_on_sigterm: bool = False) -> None:
-    """Join the other hosts: under srun, on a TPU VM, or by JAX_COORDINATOR_ADDRESS, _NUM_PROCESSES and _PROCESS_ID.
-
-    `saves_on_sigterm`: jax takes SIGTERM for a notice that the program asks after. Else it ends the process, as usual.
-    """
-    jax.config.update("jax_enable_preemption_service", saves_on_sigterm)
+def start_hosts() -> None:
+    """Join the other hosts: under srun, on a TPU VM, or by JAX_COORDINATOR_ADDRESS, _NUM_PROCESSES and _PROCESS_ID."""
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM ends the process, until log.Termination
     is_tpu = any(os.path.exists(device) for device in ("/dev/accel0", "/dev/vfio/0"))
     is_srun = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1  # SLURM_NTASKS is set in a bare allocation too
     if os.environ.get("JAX_COORDINATOR_ADDRESS") or is_srun or is_tpu:

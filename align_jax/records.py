@@ -344,6 +344,8 @@ def _parse(raw: bytes, kind: type, number: int):
         # A sample may be empty (the model stopped at once); a training target may not.
         if name in values and kind in (Example, Pair):
             _check_target(name, values["prompt"], values[name])
+    if values.get("max_tokens") is not None and values["max_tokens"] < 1:
+        raise ValueError(f"max_tokens: got {values['max_tokens']}, expected 1 or more")
     if kind is Pair and values["chosen"] == values["rejected"]:
         raise ValueError("chosen equals rejected")
     if "id" in hints and not values.get("id"):

@@ -45,6 +45,8 @@ def train(c: Mapping, *, params=None) -> Path:
     c = json.loads(json.dumps(c if isinstance(c, dict) else c.to_dict()))
     log.check_set(c)
     check(c)
+    if not Path(c["data"]["path"]).is_file():
+        raise ValueError(f"data.path: no such file: {c['data']['path']}; expected JSONL, a record a line")
     cfg = hf.config(c["start"])
     R, goal, compute = c["data"]["rows_per_batch"], objective(**c["objective"]), Compute(**c["compute"])
     inputs = {"weights": hf.fingerprint(c["start"]), "data": records.fingerprint(Path(c["data"]["path"]))}
@@ -92,8 +94,8 @@ def train(c: Mapping, *, params=None) -> Path:
                 log.say(f"{run}: continuing after step {first}")
             log.say(f"{run}: {c['objective']['name']} on {len(examples)} examples, {steps} steps of {R} rows x "
                     f"{packing.T} tokens ({fill:.0%} filled), dropped {dict(dropped) or 'nothing'}; "
-                    f"{cfg.num_params / 1e6:,.1f}M parameters on {jax.device_count()} device(s), trained "
-                    f"{sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6:,.1f}M")
+                    f"{cfg.num_params:,} parameters on {jax.device_count()} device(s), trained "
+                    f"{sum(leaf.size for leaf in jax.tree.leaves(state.params)):,}")
 
             # -- loop ----------------------------------------------------------------------------------------
             step = make_step(adapted, goal, tx, compute=compute)
@@ -170,6 +172,10 @@ def check_examples(c: Mapping, cfg, goal, examples: data.Stored, dropped: Counte
     if max(examples.longest) > cfg.max_length:
         raise ValueError(f"data.row_length: an example has {max(examples.longest)} tokens, {c['start']} has "
                          f"{cfg.max_length} positions; expected row_length to be no more")
+    longest, row_length = int(max(examples.lengths)), c["data"]["row_length"]
+    if row_length > max(cfg.max_length, 8 * longest):  # a row of many examples is right, and a typo is slow
+        log.say(f"warning: data.row_length={row_length} is {row_length // longest} times the longest example, "
+                f"{longest} tokens: attention and memory are those of the row, padding included")
 
 
 def load_data(folder: Path, tokenizer, *, path: str, kind: str, row_length: int, too_long: str = "drop",
@@ -273,7 +279,7 @@ def main(c: Mapping, accelerator: str | None = None) -> None:
 
         check(c)
         raise SystemExit(0 if fit.main(c, accelerator) else 1)
-    mesh.start_hosts(saves_on_sigterm=True)
+    mesh.start_hosts()
     train(c)
 
 

@@ -6,6 +6,8 @@ cd "$(dirname "$0")/.."
 source launch/steps.sh
 split "$@"
 [ ${#options[@]} -eq 0 ] || fail "got '${options[*]}' before the command, expected --dry_run or nothing"
+[[ ",${JAX_PLATFORMS:-cuda}," == *,@(cuda|gpu),* ]] ||
+  fail "JAX_PLATFORMS: got '$JAX_PLATFORMS' from the environment, expected cuda: unset JAX_PLATFORMS"
 
 step nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv
 step export EXTRAS=cuda

@@ -3,11 +3,10 @@
 # form that can be pasted. Needs bash 4.4 or later.
 dry_run=
 words=()
-while [ $# -gt 0 ] && [ "$1" != python ]; do  # wherever it stands: forgetting it would do things
-  case "$1" in --dry_run | --dry-run) dry_run=yes ;; *) words+=("$1") ;; esac
-  shift
+for word; do  # wherever it stands, behind the command too: overlooking it would do things
+  case "$word" in --dry_run | --dry-run) dry_run=yes ;; *) words+=("$word") ;; esac
 done
-set -- "${words[@]}" "$@"
+set -- "${words[@]}"
 
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -38,6 +37,16 @@ split() {  # -> options, command: what stands before `python` and what begins wi
   command=("$@")
   [[ "${1:-} ${2:-} ${3:-}" =~ ^python\ -m\ align_jax\.[a-z_.]+$ ]] ||
     fail "got '${command[*]:-${options[*]}}', expected a command: python -m align_jax.train --config=configs/dpo.py ..."
+}
+
+run_is_shared() {  # what is written elsewhere goes with the machines
+  local named=' --config\.run[= ]([^ ]*)'
+  [[ ! " ${command[*]}" =~ $named ]] || [[ "${BASH_REMATCH[1]}" == runs/?* ]] ||
+    fail "--config.run: got '${BASH_REMATCH[1]}', expected a folder in runs/, which all hosts share"
+}
+
+is_slice() {  # is_slice KINDS NAME: as Cloud spells it, where the number is a power of two or a multiple of 128
+  [[ "$2" =~ ^($1)-([1-9][0-9]*)$ ]] && ((!(BASH_REMATCH[2] & BASH_REMATCH[2] - 1) || BASH_REMATCH[2] % 128 == 0))
 }
 
 only_committed() {  # what is committed is what runs

@@ -11,9 +11,10 @@ source launch/steps.sh
 declare -A runtimes=([v2]=tpu-ubuntu2204-base [v3]=tpu-ubuntu2204-base [v4]=tpu-ubuntu2204-base
                      [v5litepod]=v2-alpha-tpuv5-lite [v5p]=v2-alpha-tpuv5 [v6e]=v2-alpha-tpuv6e)
 for setting in NAME ZONE TYPE; do [ -n "${!setting:-}" ] || fail "$setting is not set, as in: export $setting=..."; done
-[[ "$TYPE" =~ ^([a-z0-9]+)-([0-9]+)$ ]] && runtime="${runtimes[${BASH_REMATCH[1]}]:-}"
-[ -n "${runtime:-}" ] || fail "TYPE: got '$TYPE', expected v2, v3, v4, v5litepod, v5p or v6e with a number, as v5litepod-64"
-cores="${BASH_REMATCH[2]}" slices="${SLICES:-1}" runtime="${RUNTIME:-$runtime}"
+is_slice 'v2|v3|v4|v5litepod|v5p|v6e' "$TYPE" ||
+  fail "TYPE: got '$TYPE', expected v2, v3, v4, v5litepod, v5p or v6e with the number of a slice, as v5litepod-64"
+cores="${TYPE#*-}" slices="${SLICES:-1}" runtime="${RUNTIME:-${runtimes[${TYPE%-*}]}}"
+[[ "${SHARED:-gs://none}" =~ ^gs://[^/]+|^[^/]+:/[^/] ]] || fail "SHARED: got '$SHARED', expected gs://BUCKET or HOST:/SHARE"
 [[ "$slices" =~ ^[1-9][0-9]*$ ]] || fail "SLICES: got '$slices', expected a number"
 
 vm=(gcloud compute tpus tpu-vm) queued=(gcloud compute tpus queued-resources)
@@ -73,6 +74,7 @@ check_shared() {
 run() {
   split "$@"
   [ ${#options[@]} -eq 0 ] || fail "run: got '${options[*]}' before the command, expected nothing"
+  run_is_shared
   on_workers all start "${command[@]}"
   log
 }

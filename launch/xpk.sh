@@ -11,6 +11,10 @@ split "$@"
 for option in --cluster --workload --tpu-type; do
   [[ " ${options[*]} " == *" $option="?* ]] || fail "$option=... is missing before the command"
 done
+[[ " ${options[*]} " =~ \ --tpu-type=([^\ ]+) ]] && type="${BASH_REMATCH[1]}"
+is_slice 'v4|v5litepod|v5p|v6e|tpu7x' "$type" || [[ "$type" == *-*x* ]] ||  # or its topology
+  fail "--tpu-type: got '$type', expected v4, v5litepod, v5p, v6e or tpu7x with the number of a slice, as v5litepod-64"
+run_is_shared
 
 only_committed
 image="$IMAGE:$(git rev-parse --short=12 HEAD)"

@@ -1,6 +1,7 @@
 """--fit: names of accelerators, meshes over slices, and steps compiled for TPUs that are not here."""
 
 import importlib.util
+import math
 import re
 import runpy
 import subprocess
@@ -112,12 +113,21 @@ def test_flops_are_six_a_weight_and_token(name, one_device):
     [num_params] = {count for full, (_, count) in PAPER.items() if full.startswith(name)}
     biases = cfg.L * (cfg.N + 2 * cfg.K) * cfg.H if cfg.qkv_bias else 0
     in_matrices = num_params - cfg.V * cfg.D - (2 * cfg.L + 1) * cfg.D - biases
-    matrices, attention = fit.num_flops(cfg, rows=3, row_length=100)
+    step = {"tokens": 300, "scored": 300, "seen": 300 * 50}
+    matrices, attention = fit.num_flops(cfg, **step)
     assert matrices == 6 * in_matrices * 300
     assert attention == 3 * 3 * cfg.L * cfg.N * 4 * cfg.H * 100 * 100 / 2
     adapted = lora.config(cfg, rank=16, alpha=16.0)
     adapters = adapted.num_params - cfg.num_params
-    assert fit.num_flops(adapted, rows=3, row_length=100) == ((4 * in_matrices + 6 * adapters) * 300, attention)
+    assert fit.num_flops(adapted, **step) == ((4 * in_matrices + 6 * adapters) * 300, attention)
+
+
+@pytest.mark.parametrize("kind, name", [
+    ("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v6 lite", "v6e"), ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+    ("NVIDIA A100 80GB PCIe", "a100-80gb"), ("NVIDIA H100 80GB HBM3", "h100-80gb"), ("NVIDIA H200", "h200-141gb")])
+def test_a_chip_is_found_by_what_jax_calls_it(kind, name):
+    assert fit.of_kind(kind) == (fit.CHIPS | fit.GPUS)[name]
+    assert math.isnan(fit.of_kind("cpu").flops)
 
 
 HLO = """HloModule jit_step
@@ -172,6 +182,35 @@ def test_the_clock_is_the_chips(name):
     assert seconds(loop(80)) / seconds(loop(8)) == pytest.approx(10, rel=0.02)
 
 
+# --- what may help ------------------------------------------------------------------------------------
+
+
+def hints(mesh: tuple[int, int], parts: tuple[float, float, float], **sections) -> list[str]:
+    """For a config with 32 rows a batch, and GiB of weights, optimizer state and the rest."""
+    kinds = dict(zip(("weights", "optimizer state", fit.REST), parts, strict=True))
+    found = fit.Fit({"data": mesh[0], "fsdp": mesh[1], "tensor": 1}, kinds, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    return fit.hints(settings("", **sections), found)
+
+
+def test_hints_are_for_the_largest_part_first_and_of_what_is_not_in_use():
+    split = "less of mesh.data (one a slice, at least) and more of mesh.fsdp"
+    shorter, slice_ = "a shorter data.row_length", "a larger slice"
+    assert hints((1, 8), (5, 10, 1)) == ["optim.offload=True", "lora.rank=16", slice_]
+    assert hints((2, 4), (5, 10, 1)) == [split, "optim.offload=True", "lora.rank=16", slice_]
+    assert hints((1, 8), (1, 2, 9)) == [
+        "more of compute.accumulate", "compute.remat=offload", "lora.rank=16", shorter, "optim.offload=True", slice_]
+    used = {"lora": {"rank": 8, "base_dtype": "float32"}, "optim": {"offload": True}}
+    assert hints((1, 8), (5, 1, 9), compute={"remat": "dots", "accumulate": 4, "dtype": "float32"}, **used) == [
+        "compute.dtype=bfloat16", "compute.remat=mixed", shorter, "lora.base_dtype=bfloat16", slice_]
+    assert hints((1, 8), (1, 1, 9), compute={"remat": "offload", "accumulate": 4}, **used) == [shorter, slice_]
+
+
+def test_hints_name_settings_that_there_are():
+    everything = {"compute": {"dtype": "float32", "remat": "none"}}
+    named = re.findall(r"(\w+)\.(\w+)", " ".join(hints((2, 4), (5, 9, 9), **everything)))
+    assert len(named) >= 7 and all(key in settings("")[section] for section, key in named)
+
+
 # --- compiled -----------------------------------------------------------------------------------------
 
 
@@ -190,6 +229,16 @@ def test_a_small_step_is_compiled():
 
 
 @needs_libtpu
+@pytest.mark.parametrize("changes, name, problem", [
+    ({}, "v5e-9", "fit: got 'v5e-9'"), ({"data": {"rows_per_batch": 3}}, "v5e-8", "data.rows_per_batch: got 3"),
+    ({"mesh": {"fsdp": 3}}, "v5e-8", "mesh: .* needs 3 devices")])
+def test_what_is_wrong_is_refused_before_anything_is_said(changes, name, problem, capsys):
+    with pytest.raises(ValueError, match=problem):
+        fit.main(settings("deepseek-coder-1.3b", **changes), name)
+    assert capsys.readouterr().out == ""
+
+
+@needs_libtpu
 @pytest.mark.timeout(300)
 def test_the_command_refuses_what_does_not_fit():
     """The compiler's own refusal: nothing is compiled to the end, on a model of 30 GiB of weights and a chip of 16."""
@@ -200,7 +249,8 @@ def test_the_command_refuses_what_does_not_fit():
     assert re.search(r"^ +29\.92  weights\n +59\.83  optimizer state$", done.stdout, re.M)
     total = re.search(r"^ +([\d.]+)  in all, \d+% of 15.75$", done.stdout, re.M)
     assert float(total[1]) > 4 * 29.92
-    assert "\ndoes not fit v5e-1; what may help: " in done.stdout
+    assert done.stdout.endswith("does not fit v5e-1; what may help: optim.offload=True; lora.rank=16; compute."
+                                "remat=offload; a shorter data.row_length; a larger slice\n")
 
 
 @needs_libtpu

@@ -253,9 +253,22 @@ def test_import_then_export_by_command_line(tmp_path):
     assert problem.startswith("params.safetensors: truncated or damaged (")
 
 
-def run(*args) -> str:
-    done = subprocess.run([sys.executable, "-m", "align_jax.hf", *map(str, args)], text=True,
+@pytest.mark.parametrize("source, folder, problem", [
+    ("gone", "new", "gone/config.json: not there; expected a Hugging Face checkpoint"),
+    ("gone", "here", "here: already there; name a folder that is not")])
+def test_what_the_command_cannot_do_is_one_line(source, folder, problem, tmp_path):
+    (tmp_path / "here").mkdir()
+    done = command("import", tmp_path / source, tmp_path / folder)
+    assert (done.returncode, done.stderr) == (1, f"error: {tmp_path}/{problem}\n")
+
+
+def command(*args) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "align_jax.hf", *map(str, args)], text=True,
                           capture_output=True, cwd=Path(__file__).parents[1])
+
+
+def run(*args) -> str:
+    done = command(*args)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 

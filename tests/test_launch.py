@@ -99,6 +99,15 @@ WRONG = {  # the call, and settings that differ -> the one line of the answer
     ("tpu.sh", "queue", "SLICES=two"): "SLICES: got 'two', expected a number",
     ("tpu.sh", "install", "SHARED="): "v5litepod-64 has several hosts, which need one folder for their run: set SHARED",
     ("tpu.sh", "run", "python", "x.py"): "got 'python x.py', expected a command",
+    ("gpu.sh", *COMMAND, "JAX_PLATFORMS=cpu"): "JAX_PLATFORMS: got 'cpu' from the environment, expected cuda",
+    ("xpk.sh", *XPK[:2], "--tpu-type=v5e-64", *COMMAND): "--tpu-type: got 'v5e-64', expected v4, v5litepod, v5p",
+    ("xpk.sh", *XPK[:2], "--tpu-type=v6e-63", *COMMAND): "--tpu-type: got 'v6e-63', expected v4, v5litepod, v5p",
+    ("xpk.sh", *XPK, *COMMAND[:3], "--config.run=/tmp/dpo"): "--config.run: got '/tmp/dpo', expected a folder in runs/",
+    ("tpu.sh", "run", *COMMAND[:3], "--config.run", "out"): "--config.run: got 'out', expected a folder in runs/",
+    ("tpu.sh", "create", "TYPE=v5litepod-63"): "TYPE: got 'v5litepod-63', expected v2, v3",
+    ("tpu.sh", "create", "TYPE=v5e-64"): "TYPE: got 'v5e-64', expected v2, v3",
+    ("tpu.sh", "install", "SHARED=bucket"): "SHARED: got 'bucket', expected gs://BUCKET or HOST:/SHARE",
+    ("tpu.sh", "install", "SHARED=s3://bucket"): "SHARED: got 's3://bucket', expected gs://BUCKET or HOST:/SHARE",
     ("tpu.sh", "collect", "/etc"): "collect: got '/etc', expected a folder in runs/",
     ("tpu.sh", "delete", "--yes", "--yes"): "delete: pod in us-west4-a",
     ("tpu.sh", "delete"): "delete: pod in us-west4-a and all that is on its disks goes; add --yes",
@@ -160,8 +169,9 @@ def test_a_dry_run_prints_what_is_done_and_does_nothing(call, launch, tmp_path):
 
 @pytest.mark.parametrize("call", [
     ("tpu.sh", "delete", "--yes", "--dry_run"), ("tpu.sh", "queue", "--dry-run"), ("slurm.sh", "--nodes=2", "--dry-run",
-    *COMMAND)], ids=lambda call: " ".join(call[:2]))
-def test_a_dry_run_may_be_asked_for_anywhere_before_the_command(call, launch, tmp_path):
+    *COMMAND), ("gpu.sh", *COMMAND, "--dry_run"), ("tpu.sh", "run", *COMMAND, "--dry_run")],
+    ids=lambda call: " ".join(call[:2]))
+def test_a_dry_run_may_be_asked_for_anywhere(call, launch, tmp_path):
     done = launch(*call)
     assert (done.returncode, done.stderr, calls(tmp_path)) == (0, "", [])
     assert "dry" not in done.stdout
@@ -192,8 +202,8 @@ def test_a_command_on_gpus_takes_the_place_of_the_script(launch, tmp_path):
     done = launch("gpu.sh", *COMMAND, on_call='[ $1 != -m ] || { echo $$ $JAX_PLATFORMS $EXTRAS; kill -TERM $$; }')
     assert done.returncode == -signal.SIGTERM  # so a signal to the script is one to the command
     assert done.stdout.split()[1:] == ["cuda", "cuda"]
-    done = launch("gpu.sh", *COMMAND, "JAX_PLATFORMS=cpu", on_call="echo $JAX_PLATFORMS")
-    assert done.stdout.splitlines()[-1] == "cpu"
+    done = launch("gpu.sh", *COMMAND, "JAX_PLATFORMS=cuda,cpu", on_call="echo $JAX_PLATFORMS")
+    assert done.stdout.splitlines()[-1] == "cuda,cpu"
 
 
 @pytest.mark.parametrize("call", WRONG, ids=lambda call: " ".join(call)[:40])
@@ -209,6 +219,14 @@ def test_changes_that_stay_here_are_told(launch):
         done = launch(*call, on_call="case $1 in rev-parse) echo abc ;; diff) exit 1 ;; esac")
         assert done.returncode == 0, done.stderr
         assert done.stderr.startswith("note: changes that are not committed stay here\n")
+
+
+@pytest.mark.parametrize("call", [
+    *(("tpu.sh", "create", f"TYPE={name}") for name in ("v2-8", "v4-384", "v5p-128", "v6e-1")),
+    *(("xpk.sh", *XPK[:2], f"--tpu-type={name}", *COMMAND) for name in ("v4-384", "tpu7x-64", "v5p-12x16x32"))],
+    ids=lambda call: re.search("(TYPE|--tpu-type)=(\\S+)", " ".join(call))[2])
+def test_names_of_slices_that_there_are(call, launch):
+    assert launch(*call, "--dry_run").returncode == 0
 
 
 def test_spot_slices_of_another_project(launch):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from align_jax import records
-from align_jax.records import Example, Judged, Pair, Problem, Sample, Score
+from align_jax.records import Example, Judged, Pair, Problem, Prompt, Sample, Score
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}
@@ -105,6 +105,12 @@ def test_types_are_exact(tmp_path, kind, field, value):
     with pytest.raises(ValueError, match=f":2: wrong type in {field!r}: got {type(value).__name__}, ") as caught:
         records.read(path, kind)
     assert "1 bad line(s)" in str(caught.value)
+
+
+def test_a_prompts_own_limit_is_one_or_more(tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", {"prompt": "a", "max_tokens": 1}, {"prompt": "b", "max_tokens": 0})
+    with pytest.raises(ValueError, match="x.jsonl:2: max_tokens: got 0, expected 1 or more"):
+        records.read(path, Prompt)
 
 
 def test_int_is_a_float(tmp_path):

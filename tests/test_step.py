@@ -155,7 +155,7 @@ def test_neither_side_of_a_pair_sees_the_other(one_device):
 
 
 def test_only_completion_tokens_count(one_device):
-    """Changing a prompt token's own log-prob, or padding, leaves every count; counts are the completions' lengths."""
+    """The counts are the lengths of the completions; slots without an example count nothing."""
     cfg, params = load()
     _, lengths = completion_logps(cfg, params, batch_of([[0, 1], [4], []]), compute=FP32)
     ids = [[len(pair[side]) for side in ("chosen_ids", "rejected_ids")] for pair in TRL["pairs"]]

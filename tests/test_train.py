@@ -173,7 +173,7 @@ def test_a_run_learns_and_logs_under_trls_names(unbroken):
 def test_a_run_shows_what_it_does_and_ends_with_what_it_wrote(unbroken):
     run, output = unbroken
     assert re.search(r"unbroken: dpo on 12 examples, 24 steps of 4 rows x 256 tokens \(\d+% filled\), dropped "
-                     r"nothing[,;] .*M parameters on 1 device", output)
+                     r"nothing; 37,024 parameters on 1 device\(s\), trained 37,024\n", output)
     assert re.search(r"unbroken:.*step/s|unbroken:.*s/step", output) and "tok/s" in output  # the bar
     assert re.search(r"unbroken: first step \d+ s after the start", output)
     assert f"wrote {run / 'hf'} (float32) after 24 steps" in output
@@ -363,6 +363,20 @@ def test_a_setting_that_fails_a_check_may_be_corrected_in_the_same_folder(tmp_pa
     ]:
         with pytest.raises(ValueError, match=problem):  # and not that the folder holds another run
             train.train(smoke("dpo", tmp_path / "run", **{"start": str(start), "data__row_length": 100} | wrong))
+
+
+def test_data_that_is_not_there_is_named_with_its_setting(tmp_path):
+    with pytest.raises(ValueError, match="data.path: no such file: gone.jsonl; expected JSONL"):
+        train.train(smoke("dpo", tmp_path / "run", data__path="gone.jsonl"))
+
+
+@pytest.mark.parametrize("row_length, is_warned", [(512, False), (16_000, True)])
+def test_a_row_far_longer_than_what_it_holds_is_warned_of(row_length, is_warned, tmp_path, capsys):
+    examples, dropped = pairs_in(tmp_path / "examples")
+    c = smoke("dpo", tmp_path / "run", data__row_length=row_length)
+    train.check_examples(c, hf.config(TINY), objective("dpo", beta=0.1), examples, dropped)
+    said = re.search(r"warning: data.row_length=16000 is (\d+) times the longest", capsys.readouterr().out)
+    assert bool(said) == is_warned and (not said or int(said[1]) == 16_000 // max(examples.lengths))
 
 
 def test_two_trainings_in_one_folder_are_refused(tmp_path):

@@ -69,9 +69,6 @@ PEERS = {  # case -> what is compared, and the peers: (environment, script, argu
 }
 SLOTS = 32
 LIMITS = np.random.default_rng(0).integers(16, 513, 8 * SLOTS).tolist()  # answer lengths of `spread`
-DEVICES = {  # the beginning of jax's device kind -> dense bf16 FLOP/s, bytes a second of its memory
-    "A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12),
-    "TPU v5 lite": (197e12, 819e9), "TPU v5": (459e12, 2765e9), "TPU v6 lite": (918e12, 1640e9)}
 
 
 # --- on the shared case -------------------------------------------------------------------------------
@@ -188,14 +185,7 @@ def accelerator_decode() -> dict:
     caches = 2 * 2 * cfg.L * cfg.K * cfg.H * 8 * sum(lengths)
     steps_per_s = sampler.work.rate / 128
     return {"new_tokens_per_s": sampler.work.rate, "bytes_per_step": weights + caches,
-            "share_of_bandwidth": steps_per_s * (weights + caches) / _peaks()[1]}
-
-
-def _peaks() -> tuple[float, float]:
-    """FLOP/s and bytes a second of all devices; not a number of those that are not in the table."""
-    kind = jax.devices()[0].device_kind.removeprefix("NVIDIA ")
-    known = [peaks for name, peaks in sorted(DEVICES.items(), reverse=True) if kind.startswith(name)]
-    return tuple(peak * jax.device_count() for peak in (known or [(float("nan"),) * 2])[0])
+            "share_of_bandwidth": steps_per_s * (weights + caches) / jax.device_count() / _chip().bandwidth}
 
 
 # --- a step -------------------------------------------------------------------------------------------
@@ -215,11 +205,10 @@ def _steps(goal: str, compute: Compute, *, rows: int, row_length: int, count: in
             if number:
                 totals.update({name: float(values[name]) for name in ("tokens", "scored", "examples")})
                 totals["flops"] += _flops(cfg, batch)
-        peak, _ = _peaks()
         batches.close()
     spent = sum(seconds[1:])
     return {"real_tokens_per_s": totals["tokens"] / spent, "examples_per_s": totals["examples"] / spent,
-            "flops_per_s": totals["flops"] / spent, "mfu": totals["flops"] / spent / peak,
+            "flops_per_s": totals["flops"] / spent, "mfu": totals["flops"] / spent / jax.device_count() / _chip().flops,
             "first_step_s": seconds[0], "step_s": seconds[1:], "examples_per_step": totals["examples"] / count,
             "loss": float(values["loss"]), "memory": jax.devices()[0].memory_stats()}
 
@@ -238,21 +227,26 @@ def _trainer(goal: str, compute: Compute, rows: int, row_length: int, cfg, param
             score = make_scorer(cfg, compute=compute)
             ref_logps = train.reference(Path(folder) / "reference.jsonl", score, params, examples, {}, **shape)
     packing = data.Packing(examples.lengths, seed=0, epochs=None, **shape)
-    cfg, tx = lora.config(cfg, rank=_RANK.value, alpha=16.0), optim.adamw(steps=1000, lr=1e-6)
+    cfg, tx = _adapted(cfg), optim.adamw(steps=1000, lr=1e-6)
     params, frozen = lora.split(lora.add(cfg, params, seed=0))
     step = make_step(cfg, objective(goal, **({"beta": 0.1} if goal == "dpo" else {})), tx, compute=compute)
     state = TrainState(jax.device_put(np.int32(0), mesh.sharding()), params, jax.jit(tx.init)(params))
     return partial(step, frozen=frozen), state, train.batches_of(examples, packing, ref_logps)
 
 
+def _adapted(cfg: model.ModelConfig) -> model.ModelConfig:
+    return lora.config(cfg, rank=_RANK.value, alpha=16.0)
+
+
 def _flops(cfg: model.ModelConfig, batch: dict) -> float:
-    """FLOPs that a step needs: forward and twice that backward, of what is computed and not of padding."""
+    """FLOPs that a step needs of what is computed, and not of padding."""
     is_real = batch["segments"] > 0
-    matrices = cfg.L * cfg.D * (2 * cfg.H * (cfg.N + cfg.K) + 3 * cfg.F)
-    sees = np.sum((batch["positions"] + 1) * is_real)  # its prompt, its own branch so far, and itself
-    # LoRA's backward pass has no product for the gradient of a frozen matrix, the head's included.
-    return ((4.0 if _RANK.value else 6.0) * (matrices * is_real.sum() + cfg.V * cfg.D * np.sum(batch["slots"] >= 0))
-            + 12.0 * cfg.L * cfg.N * cfg.H * sees)
+    seen = np.sum((batch["positions"] + 1) * is_real)  # its prompt, its own branch so far, and itself
+    return sum(fit.num_flops(_adapted(cfg), tokens=np.sum(is_real), scored=np.sum(batch["slots"] >= 0), seen=seen))
+
+
+def _chip() -> fit.Chip:
+    return fit.of_kind(jax.devices()[0].device_kind)
 
 
 # --- all of them --------------------------------------------------------------------------------------
@@ -313,6 +307,10 @@ def spread_of_batches() -> float:
 
 
 def main(argv) -> None:
+    absent = [file for file in ("config.json", "pairs.jsonl") if not Path(_MODEL.value, file).is_file()]
+    if absent:
+        raise SystemExit(f"error: --model: {_MODEL.value} has no {' and no '.join(absent)}, expected a folder with a "
+                         "checkpoint and pairs.jsonl")
     if _WORKER.value:
         found = globals()[_WORKER.value]()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -320,7 +318,7 @@ def main(argv) -> None:
         return
     unknown = set(_CASES.value) - set(PEERS)
     if unknown:
-        raise app.UsageError(f"--cases: got {sorted(unknown)}, available are {', '.join(PEERS)}")
+        raise SystemExit(f"error: --cases: got {sorted(unknown)}, available are {', '.join(PEERS)}")
     results = {"versions": log.versions(), "cores": os.cpu_count()}
     for case in _CASES.value:
         results[case] = result = compare(case)
