@@ -246,8 +246,9 @@ def _fit(state: dict, column: int, needed: int, most: int) -> tuple[dict, int]:
 
 
 def _columns(needed: int, most: int) -> int:
-    """The size of a ring, one of few: for each there is a compilation."""
-    return min(max(256, 1 << (needed - 1).bit_length()), most)
+    """The size of a ring, 128, 256, 384, 512, 768, ...: for each there is a compilation, and a step reads all of it."""
+    size = max(128, 1 << (needed - 1).bit_length())
+    return min(size * 3 // 4 if size >= 512 and needed <= size * 3 // 4 else size, most)
 
 
 def _admit(state: dict, column: int, fresh: list[tuple[int, dict, int]]) -> dict:

@@ -130,7 +130,7 @@ def spread() -> dict:
 
 
 def _sample(*, prompts: int, n: int, limits) -> dict:
-    texts = [r["prompt"] for r in records.rows(Path(_MODEL.value) / "pairs.jsonl")][:prompts]
+    texts = [r["prompt"] for r in records.rows(Path(_MODEL.value) / "pairs.jsonl")][:4]  # the peers' four
     asked = [(str(i), texts[i % len(texts)]) for i in range(prompts)]
     with jax.set_mesh(mesh.make()):
         sampler = decode.Sampler.load(_MODEL.value, dtype="float32", batch_size=SLOTS)
