@@ -24,7 +24,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -68,9 +69,9 @@ class Chip:
 
 
 CHIPS = {  # memory: what libtpu says is available
-    "v5e": Chip("TPU v5 lite", 15.75, 197e12, 819e9, 1.5e9),
-    "v5p": Chip("TPU v5", 95.73, 459e12, 2765e9, 1.75e9),
-    "v6e": Chip("TPU v6 lite", 31.24, 918e12, 1640e9, 1.75e9),
+    "v5e": Chip("TPU v5( lite|e)", 15.75, 197e12, 819e9, 1.5e9),
+    "v5p": Chip("TPU v5p?", 95.73, 459e12, 2765e9, 1.75e9),
+    "v6e": Chip("TPU v6( lite|e)", 31.24, 918e12, 1640e9, 1.75e9),
 }
 FLAT, CUBES = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16", "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16"
 SLICES = {  # as Cloud spells a kind: the chip, the slices that are made of it, and what the number counts per chip
@@ -83,8 +84,8 @@ GPUS = {  # memory: 0.9 of the card's, which XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 
     "rtx4090-24gb": Chip("NVIDIA GeForce RTX 4090", 21.6, 165e12, 1008e9),
     "a100-40gb": Chip("NVIDIA A100.*40GB", 36.0, 312e12, 1555e9),
     "a100-80gb": Chip("NVIDIA A100.*80GB.*", 72.0, 312e12, 2.0e12),
-    "h100-80gb": Chip("NVIDIA H100.*", 71.7, 989e12, 3.35e12),
-    "h200-141gb": Chip("NVIDIA H200.*", 125.8, 989e12, 4.8e12),
+    "h100-80gb": Chip("NVIDIA H100 80GB HBM3", 71.7, 989e12, 3.35e12),
+    "h200-141gb": Chip("NVIDIA H200", 125.8, 989e12, 4.8e12),
 }
 # libtpu looks for a TPU around it, tells at length that there is none, and would be alone on the machine.
 ALONE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost",
@@ -220,8 +221,8 @@ class Fit:
         return self.total <= self.capacity
 
 
-def measure(c: Mapping, name: str) -> Fit:
-    """Compile the step of a training's config for the accelerator of this name, and say so once nothing is refused."""
+def measure(c: Mapping, name: str, tell: Callable[[str], None] = lambda line: None) -> Fit:
+    """Compile the step of a training's config for the accelerator of this name; `tell` when nothing was refused."""
     chip, devices = accelerator(name)
     cfg = lora.config(shape(c["start"]), rank=c["lora"]["rank"], alpha=c["lora"]["alpha"])
     chunk, accumulate = c["compute"]["chunk"], c["compute"]["accumulate"]
@@ -231,7 +232,7 @@ def measure(c: Mapping, name: str) -> Fit:
         began = time.perf_counter()
         lowered, parts = lower(c, cfg)
         compiler = "as many TPU v5p chips, an estimate for " if chip in GPUS.values() else ""
-        print(f"{c['start']}, {c['objective']['name']}: compiling the step for {compiler}{name}", flush=True)
+        tell(f"{c['start']}, {c['objective']['name']}: compiling the step for {compiler}{name}")
         total, host, hlo = _compile(lowered)
         compiling = time.perf_counter() - began
         chunks = math.ceil(rows * T / mesh.num_row_shards() / accumulate / chunk)
@@ -276,7 +277,7 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[float, float, str]:
 def main(c: Mapping, name: str) -> bool:
     """Print what the step of a training's config takes of an accelerator; return whether it fits."""
     jax.config.update("jax_platforms", "cpu")  # what else is here is not needed
-    fit = measure(c, name)
+    fit = measure(c, name, tell=partial(print, flush=True))
     print(report(fit))
     print(f"fits {name}" if fit.fits else f"does not fit {name}; what may help: {'; '.join(hints(c, fit))}")
     return fit.fits
@@ -309,4 +310,4 @@ def hints(c: Mapping, fit: Fit) -> list[str]:
                (f"compute.remat={remat}", remat), split, adapters, ("a shorter data.row_length", True)],
     }
     large = sorted((part for part in known if fit.parts[part] > fit.total / 10), key=fit.parts.get, reverse=True)
-    return [*dict.fromkeys(hint for part in large for hint, is_open in known[part] if is_open), "a larger slice"]
+    return [*dict.fromkeys(hint for part in large for hint, is_open in known[part] if is_open), "more chips"]

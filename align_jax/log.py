@@ -157,14 +157,15 @@ class Termination:
         self.came, self.is_alone = False, jax.process_count() == 1
         if not self.is_alone:
             jax.config.update("jax_enable_preemption_service", True)
-            distributed.global_state.initialize_preemption_sync_manager()
+            if distributed.global_state.preemption_sync_manager is None:
+                distributed.global_state.initialize_preemption_sync_manager()
         elif threading.current_thread() is threading.main_thread():
             self.before = signal.signal(signal.SIGTERM, self._note)
         return self
 
     def __exit__(self, *error) -> None:
-        if hasattr(self, "before"):
-            signal.signal(signal.SIGTERM, self.before)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, getattr(self, "before", signal.SIG_DFL))
 
     def _note(self, *_) -> None:
         self.came = True

@@ -76,7 +76,7 @@ def whole(x):
 
 def sum_over_rows(x):
     """Within a shard_map: add up what all devices with rows have of an array [V D], each keeping its part of D."""
-    for axis in filter(_is_split, RULES["rows"]):
+    for axis in filter(_is_split, reversed(RULES["rows"])):  # fsdp first, which leaves less for data
         scatter = axis == RULES["embed"]
         x = jax.lax.psum_scatter(x, axis, scatter_dimension=1, tiled=True) if scatter else jax.lax.psum(x, axis)
     return x

@@ -2,7 +2,7 @@
 
 All slots write keys and values into the same column of a ring, so that a step updates its caches in place by one slice
 and needs no scatter. A slot sees the columns no older than its own tokens: admitting a prompt writes them behind the
-current column. What all prompts begin with is kept once for all slots. Shapes never change: nothing is recompiled.
+current column. What all prompts begin with is kept once for all slots. Only a ring of another size is recompiled for.
 
 Activations are [D R T], features first, and weights have a row for every output: on a CPU a fifth faster than the
 training layout for the few rows that a step has, and no different elsewhere.

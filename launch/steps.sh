@@ -40,9 +40,16 @@ split() {  # -> options, command: what stands before `python` and what begins wi
 }
 
 run_is_shared() {  # what is written elsewhere goes with the machines
-  local named=' --config\.run[= ]([^ ]*)'
-  [[ ! " ${command[*]}" =~ $named ]] || [[ "${BASH_REMATCH[1]}" == runs/?* ]] ||
-    fail "--config.run: got '${BASH_REMATCH[1]}', expected a folder in runs/, which all hosts share"
+  local word value before=
+  for word in "${command[@]}"; do
+    value="${word#*=}"
+    [[ "$before" =~ ^--?config\.run$ ]] && value="$word"
+    if [[ "$before" =~ ^--?config\.run$ || "$word" =~ ^--?config\.run= ]]; then
+      [[ "$value" == runs/?* && "$value/" != */../* ]] ||
+        fail "--config.run: got '$value', expected a folder in runs/, which all hosts share"
+    fi
+    before="$word"
+  done
 }
 
 is_slice() {  # is_slice KINDS NAME: as Cloud spells it, where the number is a power of two or a multiple of 128

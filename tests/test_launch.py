@@ -103,6 +103,7 @@ WRONG = {  # the call, and settings that differ -> the one line of the answer
     ("xpk.sh", *XPK[:2], "--tpu-type=v5e-64", *COMMAND): "--tpu-type: got 'v5e-64', expected v4, v5litepod, v5p",
     ("xpk.sh", *XPK[:2], "--tpu-type=v6e-63", *COMMAND): "--tpu-type: got 'v6e-63', expected v4, v5litepod, v5p",
     ("xpk.sh", *XPK, *COMMAND[:3], "--config.run=/tmp/dpo"): "--config.run: got '/tmp/dpo', expected a folder in runs/",
+    ("tpu.sh", "run", *COMMAND, "-config.run=runs/../out"): "--config.run: got 'runs/../out', expected a folder",
     ("tpu.sh", "run", *COMMAND[:3], "--config.run", "out"): "--config.run: got 'out', expected a folder in runs/",
     ("tpu.sh", "create", "TYPE=v5litepod-63"): "TYPE: got 'v5litepod-63', expected v2, v3",
     ("tpu.sh", "create", "TYPE=v5e-64"): "TYPE: got 'v5e-64', expected v2, v3",

@@ -1,6 +1,7 @@
 """What is kept where: the optimiser's arrays on the host, remat by name, sums in fp32."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -134,3 +135,13 @@ def test_on_a_tpu_an_offloaded_update_leaves_the_state_on_the_host(monkeypatch):
     assert used.host_temp_size_in_bytes < 0.01 * size
     assert used.argument_size_in_bytes == pytest.approx(2 * size, rel=0.01)  # gradients and parameters
     assert used.temp_size_in_bytes < 4 * 2 * size / cfg.L
+
+
+def test_what_is_added_up_over_data_was_scattered_over_fsdp():
+    with on_mesh(2, 2, 2):
+        add_up = jax.shard_map(mesh.sum_over_rows, in_specs=mesh.spec("vocab", None), check_vma=False,
+                               out_specs=mesh.spec("vocab", "embed"))
+        x = jax.device_put(jnp.ones((8, 64)), mesh.sharding("vocab", None))
+        hlo = jax.jit(add_up).lower(x).compile().as_text()
+    assert re.findall(r"= (f32\S+){\S+ (all-reduce|reduce-scatter)\(", hlo) == [
+        ("f32[4,32]", "reduce-scatter"), ("f32[4,32]", "all-reduce")]

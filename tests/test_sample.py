@@ -269,9 +269,15 @@ def test_limits_of_their_own_cut_the_same_samples(batch_size, chunk, expected, o
             assert mine.finish == ("stop" if mine.ids[-1] == 2 else "length")
 
 
+def test_a_ring_has_one_of_few_sizes():
+    sizes = [decode._columns(needed, 2000) for needed in (0, 128, 129, 257, 384, 385, 513, 769, 1025, 1537, 2000)]
+    assert sizes == [128, 128, 256, 384, 384, 512, 768, 1024, 1536, 2000, 2000]
+
+
 def test_a_ring_that_grows_and_shrinks_changes_no_sample(monkeypatch, expected, one_device):
     resized = []
-    monkeypatch.setattr(decode, "_columns", lambda needed, most: min(max(64, 1 << (needed - 1).bit_length()), most))
+    columns = decode._columns
+    monkeypatch.setattr(decode, "_columns", lambda needed, most: min(columns(4 * needed, 4096) // 4, most))
     resize = slots.resize
     monkeypatch.setattr(slots, "resize", lambda *args, ring: (resized.append(ring), resize(*args, ring=ring)))
     assert ids_of(drawn(limits=SPREAD | {PROMPTS[0][0]: 64}, batch_size=4, chunk=8)) == {

@@ -184,8 +184,9 @@ def accelerator_decode() -> dict:
     lengths = [len(text.encode_prompt(sampler.tokenizer, t)) + 128 for t in texts]  # half of the answer, in the mean
     caches = 2 * 2 * cfg.L * cfg.K * cfg.H * 8 * sum(lengths)
     steps_per_s = sampler.work.rate / 128
-    return {"new_tokens_per_s": sampler.work.rate, "bytes_per_step": weights + caches,
-            "share_of_bandwidth": steps_per_s * (weights + caches) / jax.device_count() / _chip().bandwidth}
+    read = weights + caches / jax.device_count()  # the weights by every device
+    return {"new_tokens_per_s": sampler.work.rate, "bytes_per_step": read,
+            "share_of_bandwidth": steps_per_s * read / _chip().bandwidth}
 
 
 # --- a step -------------------------------------------------------------------------------------------
