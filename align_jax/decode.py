@@ -305,12 +305,12 @@ def _encode(sampler, prompts, limits: Mapping[str, int], max_tokens: int) -> lis
         try:
             encoded.append(_Prompt(name, text.encode_prompt(sampler.tokenizer, prompt), limits.get(name, max_tokens)))
             if not 0 < len(encoded[-1].ids) <= length - encoded[-1].limit:
-                bad.append(f"{name}: {len(encoded[-1].ids)} tokens")
+                bad.append(f"{name}: {len(encoded[-1].ids)} tokens and {encoded[-1].limit} of an answer")
         except text.Unusable as error:
             bad.append(f"{name}: {error}")
     if bad:
-        raise ValueError(f"{len(bad)} prompt(s) cannot be answered, expected 1 to {length - max_tokens} tokens, for "
-                         f"max_tokens={max_tokens} are kept of the model's {length} positions: {'; '.join(bad[:5])}")
+        raise ValueError(f"{len(bad)} prompt(s) cannot be answered, expected at least 1 token and, with max_tokens of "
+                         f"an answer, at most the model's {length} positions: {'; '.join(bad[:5])}")
     return encoded
 
 

@@ -19,6 +19,9 @@ F32 = jnp.float32
 
 def config(cfg: ModelConfig, *, rank: int, alpha: float) -> ModelConfig:
     """The config of a model with adapters; rank 0: without."""
+    most = min(cfg.D, cfg.N * cfg.H, cfg.K * cfg.H, cfg.F)
+    if not 0 <= rank <= most:
+        raise ValueError(f"lora.rank: got {rank}, expected 0 to {most}, the smallest side of a matrix")
     return dataclasses.replace(cfg, r=rank, alpha=alpha) if rank else cfg
 
 

@@ -7,6 +7,7 @@ for word; do  # wherever it stands, behind the command too: overlooking it would
   case "$word" in --dry_run | --dry-run) dry_run=yes ;; *) words+=("$word") ;; esac
 done
 set -- "${words[@]}"
+case "${1:-}" in --help | -h) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "launch/$(basename "$0")"; exit 0 ;; esac
 
 fail() { echo "error: $*" >&2; exit 2; }
 

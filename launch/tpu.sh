@@ -17,9 +17,11 @@ cores="${TYPE#*-}" slices="${SLICES:-1}" runtime="${RUNTIME:-${runtimes[${TYPE%-
 [[ "${SHARED:-gs://none}" =~ ^gs://[^/]+|^[^/]+:/[^/] ]] || fail "SHARED: got '$SHARED', expected gs://BUCKET or HOST:/SHARE"
 [[ "$slices" =~ ^[1-9][0-9]*$ ]] || fail "SLICES: got '$slices', expected a number"
 
+case "${SPOT:-0}" in 0) spot=() ;; 1) spot=(--spot) ;; *) fail "SPOT: got '$SPOT', expected 1 or 0" ;; esac
+
 vm=(gcloud compute tpus tpu-vm) queued=(gcloud compute tpus queued-resources)
 where=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
-kind=(--accelerator-type="$TYPE" --scopes=https://www.googleapis.com/auth/cloud-platform ${SPOT:+--spot})
+kind=(--accelerator-type="$TYPE" --scopes=https://www.googleapis.com/auth/cloud-platform "${spot[@]}")
 nodes=("$NAME")
 [ "$slices" -eq 1 ] || mapfile -t nodes < <(seq -f "$NAME-%g" 0 $((slices - 1)))  # as gcloud calls them
 
@@ -54,7 +56,6 @@ on_workers() {  # on_workers WORKERS ACTION [WORD...]: launch/tpu_worker.sh ther
 }
 
 install() {
-  check_shared
   only_committed
   local tree="${TMPDIR:-/tmp}/align_jax-$NAME.tar.gz" node
   step git archive --format=tar.gz --output="$tree" HEAD
@@ -90,7 +91,7 @@ status() {
 stop() { on_workers all stop; }
 
 collect() {
-  [ $# -eq 1 ] && [[ "$1" == runs/?* ]] || fail "collect: got '$*', expected a folder in runs/"
+  [ $# -eq 1 ] && [[ "$1" == runs/?* && "$1/" != */../* ]] || fail "collect: got '$*', expected a folder in runs/"
   step mkdir -p "$1"
   case "${SHARED:-}" in
     gs://*) step gcloud storage rsync --recursive "$SHARED/${1#runs/}" "$1" ;;
@@ -107,6 +108,7 @@ delete() {
 }
 
 action="${1:-}"; shift || true
+case "$action" in create | queue | install | run) check_shared ;; esac  # before it costs anything
 case "$action" in
   run | collect | delete) "$action" "$@" ;;
   create | queue | install | log | status | stop)

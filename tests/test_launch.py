@@ -97,6 +97,9 @@ WRONG = {  # the call, and settings that differ -> the one line of the answer
     ("tpu.sh", "create", "now"): "create: got 'now', expected nothing after it",
     ("tpu.sh", "create", "SLICES=2"): "create makes one slice; SLICES=2 needs queue",
     ("tpu.sh", "queue", "SLICES=two"): "SLICES: got 'two', expected a number",
+    ("tpu.sh", "queue", "SHARED="): "v5litepod-64 has several hosts, which need one folder for their run: set SHARED",
+    ("tpu.sh", "queue", "SPOT=yes"): "SPOT: got 'yes', expected 1 or 0",
+    ("tpu.sh", "collect", "runs/../../x"): "collect: got 'runs/../../x', expected a folder in runs/",
     ("tpu.sh", "install", "SHARED="): "v5litepod-64 has several hosts, which need one folder for their run: set SHARED",
     ("tpu.sh", "run", "python", "x.py"): "got 'python x.py', expected a command",
     ("gpu.sh", *COMMAND, "JAX_PLATFORMS=cpu"): "JAX_PLATFORMS: got 'cpu' from the environment, expected cuda",
@@ -152,6 +155,12 @@ def calls(tmp_path) -> list[list[str]]:
     path = tmp_path / "calls"
     found = [line.split("\x1f") for line in path.read_text().splitlines()] if path.exists() else []
     return [words for words in found if words[:2] not in (["git", "rev-parse"], ["git", "diff"])]
+
+
+@pytest.mark.parametrize("script", ["gpu.sh", "slurm.sh", "tpu.sh", "xpk.sh"])
+def test_help_is_what_the_script_says_of_itself(script, launch):
+    done = launch(script, "--help")
+    assert done.returncode == 0 and f"launch/{script} " in done.stdout and "#" not in done.stdout
 
 
 @pytest.mark.parametrize("call", DRY_RUNS, ids=lambda call: " ".join(call[:2]))

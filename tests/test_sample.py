@@ -185,7 +185,7 @@ def test_a_stop_string_of_another_prompt_stops_nobody_else(expected, one_device)
 
 def test_a_prompt_that_leaves_no_room_is_named_with_all_others(one_device):
     prompts = [("fits", "def f():\n"), ("long", "x" * 600), ("longer", "y" * 700)]
-    with pytest.raises(ValueError, match=r"2 prompt\(s\).*max_tokens=64.*512 positions: long: 601.*longer: 701"):
+    with pytest.raises(ValueError, match=r"2 prompt\(s\).*512 positions: long: 601 tokens and 64 .*longer: 701"):
         drawn(prompts)
 
 
