@@ -215,10 +215,10 @@ def test_two_processes_sample_as_one_does(tmp_path):
 
 
 def test_a_study_on_two_hosts_is_refused(tmp_path):
-    for status, output in start("-m", "align_jax.study", "--config=configs/quickstart.py:smoke",
-                                f"--config.run={tmp_path / 'run'}", hosts=2):
-        assert status != 0
-        assert "a study runs on one host; train and sample run on several" in output
+    ends = start("-m", "align_jax.study", "--config=configs/quickstart.py:smoke", f"--config.run={tmp_path / 'run'}",
+                 hosts=2)
+    assert all(status for status, _ in ends)  # a slow one may only see that the other has gone
+    assert any("a study runs on one host; train and sample run on several" in output for _, output in ends)
     assert not (tmp_path / "run").exists()
 
 
