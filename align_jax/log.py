@@ -16,7 +16,6 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from jax._src import distributed
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 from tqdm import tqdm
@@ -156,6 +155,8 @@ class Termination:
     def __enter__(self):
         self.came, self.is_alone = False, jax.process_count() == 1
         if not self.is_alone:
+            from jax._src import distributed  # there is no public name; a command that trains nothing needs none
+
             jax.config.update("jax_enable_preemption_service", True)
             if distributed.global_state.preemption_sync_manager is None:
                 distributed.global_state.initialize_preemption_sync_manager()
