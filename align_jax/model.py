@@ -163,7 +163,12 @@ class Transformer(nnx.Module):
 
 def init(cfg: ModelConfig, seed: int) -> Params:
     """Make random fp32 parameters, each on its own shard of the mesh that is set."""
-    return jax.jit(lambda: _pure(Transformer(cfg, nnx.Rngs(seed))))()
+    return _init(cfg, seed)
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _init(cfg: ModelConfig, seed):
+    return _pure(Transformer(cfg, nnx.Rngs(jax.random.key(seed))))
 
 
 def abstract(cfg: ModelConfig) -> Params:
