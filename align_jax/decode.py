@@ -247,8 +247,7 @@ def _fit(state: dict, column: int, needed: int, most: int) -> tuple[dict, int]:
 
 def _columns(needed: int, most: int) -> int:
     """The size of a ring, 128, 256, 384, 512, 768, ...: for each there is a compilation, and a step reads all of it."""
-    size = max(128, 1 << (needed - 1).bit_length())
-    return min(size * 3 // 4 if size >= 512 and needed <= size * 3 // 4 else size, most)
+    return min(_up(_padded(needed), 128), most)
 
 
 def _admit(state: dict, column: int, fresh: list[tuple[int, dict, int]]) -> dict:

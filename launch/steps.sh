@@ -41,17 +41,16 @@ split() {  # -> options, command: what stands before `python` and what begins wi
 }
 
 run_is_shared() {  # what is written elsewhere goes with the machines
-  local word value before=
+  local word before=
   for word in "${command[@]}"; do
-    value="${word#*=}"
-    [[ "$before" =~ ^--?config\.run$ ]] && value="$word"
-    if [[ "$before" =~ ^--?config\.run$ || "$word" =~ ^--?config\.run= ]]; then
-      [[ "$value" == runs/?* && "$value/" != */../* ]] ||
-        fail "--config.run: got '$value', expected a folder in runs/, which all hosts share"
-    fi
+    [[ ! "$before" =~ ^--?config\.run$ ]] || word="--config.run=$word"
+    [[ ! "$word" =~ ^--?config\.run= ]] || in_runs "${word#*=}" ||
+      fail "--config.run: got '${word#*=}', expected a folder in runs/, which all hosts share"
     before="$word"
   done
 }
+
+in_runs() { [[ "$1" == runs/?* && "$1/" != */../* ]]; }
 
 is_slice() {  # is_slice KINDS NAME: as Cloud spells it, where the number is a power of two or a multiple of 128
   [[ "$2" =~ ^($1)-([1-9][0-9]*)$ ]] && ((!(BASH_REMATCH[2] & BASH_REMATCH[2] - 1) || BASH_REMATCH[2] % 128 == 0))

@@ -91,7 +91,7 @@ status() {
 stop() { on_workers all stop; }
 
 collect() {
-  [ $# -eq 1 ] && [[ "$1" == runs/?* && "$1/" != */../* ]] || fail "collect: got '$*', expected a folder in runs/"
+  [ $# -eq 1 ] && in_runs "$1" || fail "collect: got '$*', expected a folder in runs/"
   step mkdir -p "$1"
   case "${SHARED:-}" in
     gs://*) step gcloud storage rsync --recursive "$SHARED/${1#runs/}" "$1" ;;

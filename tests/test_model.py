@@ -118,7 +118,7 @@ def test_remat_keeps_less(one_device):
         return loss.lower(params).compile().memory_analysis().temp_size_in_bytes
 
     full, mixed, dots, none = (kept(remat) for remat in ("full", "mixed", "dots", "none"))
-    assert max(full, mixed) < 0.7 * dots < 0.5 * none, (full, mixed, dots, none)
+    assert max(full, mixed) < 0.6 * dots < 0.4 * none, (full, mixed, dots, none)
 
 
 def test_activations_have_the_dtype_asked_for_and_logits_are_fp32(one_device):
