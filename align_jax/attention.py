@@ -4,10 +4,11 @@ A row holds examples one after the other, each as prompt, completion 0, completi
 example share its one prompt and do not see each other. Two int32 arrays [R T] say so: `segments`, the number of
 the example in its row (0 is padding), and `branches`, 0 in the prompt and c + 1 in completion c. Query t sees key s
 iff s <= t, both are of one segment, and s is of the prompt or of t's own branch. With all branches 0 a segment is
-an ordinary causal sequence.
+an ordinary causal sequence. So a key is seen by the queries from its own place on `until` its branch ends, or its
+segment if it is of a prompt; one int32 array [R T] says it all (FlashMask, arXiv:2410.01359), and kernels get that.
 
-A kernel is two functions that run on each device's own rows and heads: `prepare(segments, branches)` makes what all
-layers share, once, and `attend(prepared, q, k, v)` is one layer. Both get whole rows: time is never split.
+A kernel is two functions that run on each device's own rows and heads: `prepare(until)` makes what all layers share,
+once, and `attend(prepared, q, k, v)` is one layer. Both get whole rows: time is never split.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Bool, Int
 
-from align_jax import mesh
+from align_jax import flash, mesh
 from align_jax.mesh import spec
 
 SAVED = "mixed"  # the name, for remat policies, of what the backward pass wants kept: the output and [R N T]
@@ -35,8 +36,8 @@ def make(segments: Int[Array, "R T"], branches: Int[Array, "R T"], impl: str = "
     """Return attend(q [R T N H], k [R T K H], v [R T K H]) -> [R T N H] for these rows, made once for all layers.
 
     Logits and softmax are fp32. `impl` is a name of KERNELS or "auto", which goes by the platform of the mesh.
-    Any T is taken. On a GPU, what cuDNN does not have (fp32, H above 128 or not a multiple of 8, odd T) is computed
-    without it, with logits in memory.
+    Any T is taken. What cuDNN does not have (fp32, H above 128 or not a multiple of 8, odd T) is computed without it,
+    with logits in memory.
     """
     impl = BY_PLATFORM[mesh.platform()] if impl == "auto" else impl
     if impl not in KERNELS:
@@ -44,16 +45,32 @@ def make(segments: Int[Array, "R T"], branches: Int[Array, "R T"], impl: str = "
     prepare, attend = KERNELS[impl]
     rows, heads = spec("rows"), spec("rows", None, "heads", None)
     segments, branches = (jax.sharding.reshard(x, spec("rows", None)) for x in (segments, branches))
-    prepared = jax.shard_map(prepare, in_specs=(rows, rows), out_specs=rows, check_vma=False)(segments, branches)
+    prepared = jax.shard_map(lambda *layout: prepare(_until(*layout)), in_specs=(rows, rows), out_specs=rows,
+                             check_vma=False)(segments, branches)
     return partial(jax.shard_map(attend, in_specs=(rows, heads, heads, heads), out_specs=heads, check_vma=False),
                    prepared)
 
 
 def visible(segments: Int[Array, "R T"], branches: Int[Array, "R T"]) -> Bool[Array, "R T S"]:
     """The dense mask, True where query t sees key s."""
+    return _visible(_until(segments, branches))
+
+
+def _until(segments, branches):
+    """The place [R T] behind the last query that sees a key."""
     T = segments.shape[1]
-    own = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
-    return (segments[:, :, None] == segments[:, None, :]) & own & jnp.tril(jnp.ones((T, T), bool))
+
+    def next_start(*runs):
+        starts = sum(x[:, 1:] != x[:, :-1] for x in runs) > 0
+        places = jnp.where(starts, jnp.arange(1, T), T)
+        return lax.cummin(jnp.pad(places, [(0, 0), (0, 1)], constant_values=T), axis=1, reverse=True)
+
+    return jnp.where(branches == 0, next_start(segments), next_start(segments, branches)).astype(jnp.int32)
+
+
+def _visible(until) -> Bool[Array, "R T S"]:
+    T = until.shape[1]
+    return jnp.tril(jnp.ones((T, T), bool)) & (jnp.arange(T)[:, None] < until[:, None, :])
 
 
 def _dense(mask, q, k, v, *, implementation="xla"):
@@ -61,7 +78,39 @@ def _dense(mask, q, k, v, *, implementation="xla"):
     return checkpoint_name(mixed, SAVED)
 
 
-# On a GPU: cuDNN, told by the mask.
+# Flash attention with its own backward pass, (forward, backward) of a platform.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flash(kernel, rows, q, k, v):
+    return _flash_forward(kernel, rows, q, k, v)[0]
+
+
+def _flash_forward(kernel, rows, q, k, v):
+    out, logsumexp = (checkpoint_name(x, SAVED) for x in kernel[0](rows, q, k, v))
+    return out, (rows, q, k, v, out, logsumexp)
+
+
+def _flash_backward(kernel, kept, d_out):
+    return None, *kernel[1](*kept, d_out)
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+# On a GPU: Pallas' Triton, which skips empty blocks; or cuDNN, told by the whole mask.
+
+
+def _triton_prepare(until) -> dict:
+    padded = _pad(until, flash.LONGEST, until.shape[1] + flash.LONGEST)
+    return {"unpadded": until} | flash.prepare(padded)
+
+
+def _triton(rows, q, k, v):
+    T, H = q.shape[1], q.shape[3]
+    if H not in (16, 32, 64, 128, 256):
+        return _dense(_visible(rows["unpadded"]), q, k, v)
+    return _flash((flash.forward, flash.backward), rows, *(_pad(x, flash.LONGEST) for x in (q, k, v)))[:, :T]
 
 
 def _cudnn(mask, q, k, v):
@@ -73,13 +122,13 @@ def _cudnn(mask, q, k, v):
 # On a TPU: splash attention, which skips the blocks where the mask is empty.
 
 
-def _splash_prepare(segments, branches):
-    block = _splash_block(segments.shape[1])
+def _splash_prepare(until):
+    block = _splash_block(until.shape[1])
     sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     kernel = partial(splash.make_splash_mha, block_sizes=splash.BlockSizes(**dict.fromkeys(sizes, block)),
                      head_shards=1, q_seq_shards=1, residual_checkpoint_name=SAVED, interpret=mesh.platform() == "cpu")
     # One mask for all heads of a row.
-    return jax.vmap(lambda mask: kernel(mask[None]))(visible(_pad(segments, block), _pad(branches, block)))
+    return jax.vmap(lambda mask: kernel(mask[None]))(_visible(_pad(until, block, until.shape[1] + block)))
 
 
 def _splash(kernels, q, k, v):
@@ -100,37 +149,27 @@ def _splash_row(kernel, q, k, v):
 # By XLA, on a CPU: blocks of queries, each over the blocks of keys from its segment's start to the diagonal.
 
 
-def _xla_prepare(segments, branches) -> dict:
-    if segments.shape[1] <= SHORT:
-        return {"mask": visible(segments, branches)}
-    segments, branches = (_pad(x, BLOCK) for x in (segments, branches))
-    number = jnp.where(segments > 0, segments, segments.shape[1])  # padding stands last
-    low, high = (einops.reduce(number, "R (i t) -> R i", which, t=BLOCK) for which in ("min", "max"))
-    first = jnp.argmax(high[:, None, :] >= low[:, :, None], axis=-1)  # block of keys that a block of queries may see
-    return {"segments": segments, "branches": branches, "first": first}
+def _xla_prepare(until) -> dict:
+    if until.shape[1] <= SHORT:
+        return {"mask": _visible(until)}
+    until = _pad(until, BLOCK, until.shape[1] + BLOCK)
+    most = einops.reduce(until, "R (j s) -> R j", "max", s=BLOCK)
+    first = jnp.argmax(most[:, None, :] > jnp.arange(0, until.shape[1], BLOCK)[:, None], axis=-1)
+    return {"until": until, "first": first}  # block of keys that a block of queries sees
 
 
 def _xla(rows, q, k, v):
     if "mask" in rows:
         return _dense(rows["mask"], q, k, v)
-    return _flash(rows, *(_pad(x, BLOCK) for x in (q, k, v)))[:, :q.shape[1]]
+    return _flash((_xla_forward, _xla_backward), rows, *(_pad(x, BLOCK) for x in (q, k, v)))[:, :q.shape[1]]
 
 
-@jax.custom_vjp
-def _flash(rows, q, k, v):
-    return _flash_forward(rows, q, k, v)[0]
+def _xla_forward(*rows):
+    return lax.map(lambda row: _forward(*row), rows)
 
 
-def _flash_forward(rows, q, k, v):
-    out, logsumexp = (checkpoint_name(x, SAVED) for x in lax.map(lambda row: _forward(*row), (rows, q, k, v)))
-    return out, (rows, q, k, v, out, logsumexp)
-
-
-def _flash_backward(kept, d_out):
-    return None, *lax.map(lambda row: _backward(*row), (*kept, d_out))
-
-
-_flash.defvjp(_flash_forward, _flash_backward)
+def _xla_backward(*rows):
+    return lax.map(lambda row: _backward(*row), rows)
 
 
 def _forward(row, q, k, v):
@@ -189,16 +228,14 @@ def _backward(row, q, k, v, out, logsumexp, d_out):
 
 def _seen(row, i, j) -> Bool[Array, "T S"]:
     """`visible` between block i of queries and block j of keys."""
-    segment, branch = ([lax.dynamic_slice_in_dim(row[name], at * BLOCK, BLOCK) for at in (i, j)]
-                       for name in ("segments", "branches"))
     t, s = (at * BLOCK + jnp.arange(BLOCK) for at in (i, j))
-    own = (branch[1] == 0) | (branch[1] == branch[0][:, None])
-    return (segment[1] == segment[0][:, None]) & own & (s <= t[:, None])
+    until = lax.dynamic_slice_in_dim(row["until"], j * BLOCK, BLOCK)
+    return (s <= t[:, None]) & (t[:, None] < until)
 
 
-def _pad(x, to: int):
-    """Fill axis 1 with zeros (which is segment 0) to a multiple."""
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % to), *[(0, 0)] * (x.ndim - 2)])
+def _pad(x, to: int, value=0):
+    """Fill axis 1 to a multiple."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % to), *[(0, 0)] * (x.ndim - 2)], constant_values=value)
 
 
 def _query_blocks(x, K: int):
@@ -221,5 +258,6 @@ def _add_at(x, j, y):
     return lax.dynamic_update_slice_in_dim(x, _at(x, j) + y, j * BLOCK, axis=1)
 
 
-KERNELS = {"xla": (_xla_prepare, _xla), "splash": (_splash_prepare, _splash), "cudnn": (visible, _cudnn)}
-BY_PLATFORM = {"cpu": "xla", "gpu": "cudnn", "tpu": "splash"}
+KERNELS = {"xla": (_xla_prepare, _xla), "splash": (_splash_prepare, _splash), "triton": (_triton_prepare, _triton),
+           "cudnn": (_visible, _cudnn)}
+BY_PLATFORM = {"cpu": "xla", "gpu": "triton", "tpu": "splash"}

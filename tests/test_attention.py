@@ -119,9 +119,17 @@ def test_splash_is_the_formula(monkeypatch):
         assert_close(run("splash", *rows, *arrays(300)), dense(*rows, *arrays(300)), 2e-6)
 
 
-def test_bf16_has_bf16_errors_only(one_device):
+def test_triton_is_the_formula():
+    """Interpreted; rows of 300 in blocks of 32 hold full, partial and empty blocks, and are filled up."""
+    rows = batch(300)
+    with on_mesh(2, 2, 2):
+        assert_close(run("triton", *rows, *arrays(300)), dense(*rows, *arrays(300)), 2e-6)
+
+
+@pytest.mark.parametrize("impl", ["xla", "triton"])
+def test_bf16_has_bf16_errors_only(one_device, impl):
     rows = batch(200)
-    assert_close(run("xla", *rows, *arrays(200), dtype="bfloat16"), dense(*rows, *arrays(200)), 2e-2)
+    assert_close(run(impl, *rows, *arrays(200), dtype="bfloat16"), dense(*rows, *arrays(200)), 2e-2)
 
 
 def test_a_shared_prompt_is_as_one_in_each_copy(one_device):
@@ -236,5 +244,5 @@ def test_auto_is_by_the_platform_of_the_mesh_and_a_wrong_name_is_named(one_devic
     heads = put(np.ones((3, 8, 16, 2, 8)), "float32", None, "rows", None, "heads", None)
     traced = lambda impl: str(jax.make_jaxpr(lambda *heads: attention.make(*rows, impl)(*heads))(*heads))
     assert traced("auto") == traced("xla") != traced("splash")
-    with pytest.raises(ValueError, match="got 'flash', available are 'auto', 'xla', 'splash', 'cudnn'"):
+    with pytest.raises(ValueError, match="got 'flash', available are 'auto', 'xla', 'splash', 'triton', 'cudnn'"):
         attention.make(*rows, "flash")

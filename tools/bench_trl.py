@@ -27,6 +27,7 @@ parser.add_argument("--batch", type=int, default=16)
 parser.add_argument("--steps", type=int, default=10)
 parser.add_argument("--max_length", type=int, default=2048)
 parser.add_argument("--rank", type=int, default=0, help="of LoRA; needs peft")
+parser.add_argument("--checkpointing", action="store_true", help="of gradients, for what does not fit without")
 parser.add_argument("--cpu", action="store_true", help="in float32, to see that it runs")
 args = parser.parse_args()
 
@@ -52,9 +53,10 @@ tokenizer = AutoTokenizer.from_pretrained(args.case)
 has_flash = not args.cpu and find_spec("flash_attn") is not None
 with tempfile.TemporaryDirectory() as folder:
     (Path(folder) / "config.json").write_text(Path(args.config).read_text())
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.from_pretrained(folder), dtype=torch.float32 if args.cpu or not args.rank else torch.bfloat16,
-        attn_implementation="flash_attention_2" if has_flash else "sdpa")
+    with torch.device("cpu" if args.cpu else "cuda"):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder), dtype=torch.float32 if args.cpu or not args.rank else torch.bfloat16,
+            attn_implementation="flash_attention_2" if has_flash else "sdpa")
     peft = {}
     if args.rank:
         from peft import LoraConfig
@@ -65,8 +67,8 @@ with tempfile.TemporaryDirectory() as folder:
         model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(rows), callbacks=[clock], **peft,
         args=DPOConfig(output_dir=folder, per_device_train_batch_size=args.batch, max_steps=args.steps,
                        max_length=args.max_length, learning_rate=1e-6, logging_steps=1, report_to=[],
-                       save_strategy="no", bf16=not args.cpu, use_cpu=args.cpu, gradient_checkpointing=True,
-                       padding_free=has_flash, use_liger_kernel=find_spec("liger_kernel") is not None,
+                       save_strategy="no", bf16=not args.cpu, use_cpu=args.cpu, gradient_checkpointing=args.checkpointing,
+                       use_liger_kernel=find_spec("liger_kernel") is not None,
                        precompute_ref_log_probs=True, disable_tqdm=True,
                        optim="adamw_torch" if args.cpu else "adamw_torch_fused"))
     trainer.train()
