@@ -31,10 +31,10 @@ class Tile:
     stages: int
 
 
-TILES = {  # for 2 bytes a number and heads of up to 128; measured on an H200, see tools/bench_attention.py
-    "forward": Tile(128, 64, 8, 3),
-    "dq": Tile(128, 64, 8, 2),
-    "dkv": Tile(64, 128, 8, 2),
+TILES = {  # for 2 bytes a number and heads of up to 128: the best of those tried on an H200, and small enough for an L4
+    "forward": Tile(64, 64, 4, 3),
+    "dq": Tile(64, 64, 4, 2),
+    "dkv": Tile(64, 64, 4, 2),
 }
 SMALL = Tile(32, 32, 4, 1)  # for larger ones
 LONGEST = max(max(tile.q, tile.k) for tile in TILES.values())  # what T must be a multiple of
@@ -74,7 +74,8 @@ def backward(rows: dict, q, k, v, out, logsumexp, d_out) -> tuple:
     mine, theirs, line = _block(tile.q, H), _whole(T, H, N // K), _line(tile.q)
     d_q = _call(_d_queries, tile, (T // tile.q, N, R),
                 [_row(T), _row(T // tile.q), mine, theirs, theirs, mine, line, line], mine,
-                jax.ShapeDtypeStruct(q.shape, q.dtype))(rows["until"], rows["ends"][tile][0], q, k, v, d_out, logsumexp, slope)
+                jax.ShapeDtypeStruct(q.shape, q.dtype))(
+        rows["until"], rows["ends"][tile][0], q, k, v, d_out, logsumexp, slope)
 
     tile = _tile("dkv", q)
     mine = _block(tile.k, H)
@@ -87,24 +88,34 @@ def backward(rows: dict, q, k, v, out, logsumexp, d_out) -> tuple:
     return d_q, d_k, d_v
 
 
+def of_ring(q, keys, values, column, age) -> tuple:
+    """Attend [R K G H] to a ring's columns [R K S H], of which row r sees the age[r] + 1 that end with `column`.
+
+    Returns the weighted sum [R K G H] of the values, each softmax's largest logit, to base e, and its sum [R K G].
+    """
+    R, K, G, H = q.shape
+    S = keys.shape[2]
+    tile = Tile(max(16, pl.next_power_of_2(G)), next(k for k in (64, 32, 16) if S % k == 0), 4, 3)
+    heads, ring = (pl.BlockSpec((None, None, size, H), lambda h, r: (r, h, 0, 0)) for size in (G, S))
+    line = pl.BlockSpec((None, None, G), lambda h, r: (r, h, 0))
+    numbers = jax.ShapeDtypeStruct((R, K, G), jnp.float32)
+    return _call(_of_ring, tile, (K, R), [pl.BlockSpec((1,), lambda h, r: (0,)), pl.BlockSpec((1,), lambda h, r: (r,)),
+                                          heads, ring, ring], [heads, line, line],
+                 [jax.ShapeDtypeStruct(q.shape, jnp.float32), numbers, numbers])(column[None], age, q, keys, values)
+
+
 # --- the kernels: one block each of queries or of keys, one head, one row ------------------------------
 
 
 def _forward(until, first, q, k, v, out, logsumexp, *, tile: Tile):
     i, queries = pl.program_id(0), q[...]
 
-    def add(j, sums):  # one block of keys to the softmax over those before it
-        top, total, mixed = sums
+    def add(j, sums):
         at = pl.ds(j * tile.k, tile.k)
         logits = jnp.where(_seen(i, j, until[at], tile), _dot(queries, k[at, :], trans_b=True) * _scale(q), LOW)
-        new = jnp.maximum(top, logits.max(1))
-        weights, shrunk = jnp.exp2(logits - new[:, None]), jnp.exp2(top - new)
-        mixed = mixed * shrunk[:, None] + _dot(weights.astype(v.dtype), v[at, :])
-        return new, total * shrunk + weights.sum(1), mixed
+        return _add(sums, logits, v[at, :])
 
-    none = jnp.zeros(tile.q, jnp.float32)
-    top, total, mixed = lax.fori_loop(first[i], pl.cdiv((i + 1) * tile.q, tile.k), add,
-                                      (none + LOW, none, jnp.zeros(queries.shape, jnp.float32)))
+    top, total, mixed = lax.fori_loop(first[i], pl.cdiv((i + 1) * tile.q, tile.k), add, _nothing(queries))
     out[...] = (mixed / total[:, None]).astype(out.dtype)
     logsumexp[...] = top + jnp.log2(total)
 
@@ -144,6 +155,40 @@ def _d_keys(until, end, k, v, q, d_out, logsumexp, slope, d_k, d_v, *, tile: Til
     total_k, total_v = lax.fori_loop(0, q.shape[1] * count, add, (none, none))
     d_k[...] = (total_k * q.shape[-1]**-0.5).astype(d_k.dtype)
     d_v[...] = total_v.astype(d_v.dtype)
+
+
+def _of_ring(column, age, q, keys, values, out, top_out, total_out, *, tile: Tile):
+    (G, H), S = q.shape, keys.shape[0]
+    column, age, is_head = column[0], age[0], jnp.arange(tile.q) < G
+    queries = triton.load(q.at[pl.ds(0, tile.q), :], mask=is_head[:, None], other=0.0)
+    oldest = lax.rem(column - age + S, S)
+    count = jnp.minimum(pl.cdiv(lax.rem(oldest, tile.k) + age + 1, tile.k), S // tile.k)
+
+    def add(n, sums):
+        j = lax.rem(lax.div(oldest, tile.k) + n, S // tile.k)
+        at = pl.ds(j * tile.k, tile.k)
+        seen = lax.rem(column - (j * tile.k + jnp.arange(tile.k)) + S, S) <= age
+        logits = jnp.where(seen[None, :], _dot(queries, keys[at, :], trans_b=True) * _scale(q), LOW)
+        return _add(sums, logits, values[at, :])
+
+    top, total, mixed = lax.fori_loop(0, count, add, _nothing(queries))
+    triton.store(out.at[pl.ds(0, tile.q), :], mixed, mask=is_head[:, None])
+    triton.store(top_out.at[pl.ds(0, tile.q)], top / math.log2(math.e), mask=is_head)
+    triton.store(total_out.at[pl.ds(0, tile.q)], total, mask=is_head)
+
+
+def _nothing(queries) -> tuple:
+    """A softmax over no keys yet: its largest logit, its sum, and the weighted sum of the values."""
+    none = jnp.zeros(queries.shape[0], jnp.float32)
+    return none + LOW, none, jnp.zeros(queries.shape, jnp.float32)
+
+
+def _add(sums: tuple, logits, values) -> tuple:
+    """One block of keys to the softmax over those before it."""
+    top, total, mixed = sums
+    new = jnp.maximum(top, logits.max(1))
+    weights, shrunk = jnp.exp2(logits - new[:, None]), jnp.exp2(top - new)
+    return new, total * shrunk + weights.sum(1), mixed * shrunk[:, None] + _dot(weights.astype(values.dtype), values)
 
 
 def _seen(i, j, until, tile: Tile, keys_down: bool = False):

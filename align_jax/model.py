@@ -177,8 +177,12 @@ def abstract(cfg: ModelConfig) -> Params:
 
 
 def hidden(cfg: ModelConfig, params: Params, tokens: Int[Array, "R T"], positions: Int[Array, "R T"],
-           attend: Callable, *, dtype=jnp.float32, remat: str = "none") -> Float[Array, "R T D"]:
-    """Run packed rows; `attend(q [R T N H], k [R T K H], v) -> [R T N H]` says which token sees which."""
+           attend: Callable, *, dtype=jnp.float32, remat: str = "none",
+           unroll: bool = False) -> Float[Array, "R T D"]:
+    """Run packed rows; `attend(q [R T N H], k [R T K H], v) -> [R T N H]` says which token sees which.
+
+    `unroll` makes no loop of the layers: what the backward pass needs of each is not copied into an array of all.
+    """
     if remat not in REMAT:
         raise ValueError(f"remat: got {remat!r}, available are {sorted(REMAT)}")
     rotate = rotation(cfg.rope, positions, cfg.H, dtype)
@@ -187,8 +191,8 @@ def hidden(cfg: ModelConfig, params: Params, tokens: Int[Array, "R T"], position
         x = checkpoint_name(x, "layer_input")
         return _layer(cfg, weights)(x, rotate, lambda q, k, v: (attend(q, k, v), None), cfg.norm_eps)
 
-    layer = layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
-    x, _ = jax.lax.scan(layer, embed(params, tokens, dtype), params["layers"])
+    layer = layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=unroll)
+    x, _ = jax.lax.scan(layer, embed(params, tokens, dtype), params["layers"], unroll=unroll)
     return rms_norm(x, params["final_norm"], cfg.norm_eps)
 
 

@@ -4,8 +4,9 @@ All slots write keys and values into the same column of a ring, so that a step u
 and needs no scatter. A slot sees the columns no older than its own tokens: admitting a prompt writes them behind the
 current column. What all prompts begin with is kept once for all slots. Only a ring of another size is recompiled for.
 
-Activations are [D R T], features first, and weights have a row for every output: on a CPU a fifth faster than the
-training layout for the few rows that a step has, and no different elsewhere.
+Weights have a row for every output and activations are [D R T], features first: on a CPU a fifth faster than the
+training layout for the few rows that a step has. On a GPU they are [R T D], and a kernel reads of a ring only what its
+slot sees.
 """
 
 import math
@@ -14,12 +15,18 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from align_jax import attention, mesh, model
+from align_jax import attention, flash, mesh, model
 from align_jax.mesh import spec
 from align_jax.model import ModelConfig, Params
 
+AXES = {"R": "rows", "K": "heads", "F": "mlp"}  # on the mesh
 PLAIN = "RKHS", "RKSH"  # the axes of keys and of values: prompts' everywhere, and the slots' where not said otherwise
-LAYOUTS = {"tpu": ("SKHR", "SKHR")}  # what XLA wants there; any other it would copy whole at both ends of `decode`
+LAYOUTS = {
+    "tpu": ("SKHR", "SKHR"),  # what XLA wants there; any other it would copy whole at both ends of `decode`
+    "gpu": ("RKSH", "RKSH"),  # what flash.py reads, and a column is written at once
+}
+BEFORE_A_LOOK = {"gpu": 8}  # steps; a loop with an end in the data lets the GPU wait for the host at each of its turns
+
 
 @partial(jax.jit, static_argnames="cfg")
 def prepare(cfg: ModelConfig, params: Params) -> Params:
@@ -57,7 +64,7 @@ def prefill(cfg: ModelConfig, params: Params, prefix: list, offset, tokens, leng
 
     def keep(q, k, v, before):
         own = _laid_out(k, v, PLAIN)
-        return _attention(q, before, (*own, mask), PLAIN), own
+        return _attention(q, k.shape[2], before, partial(_softmax, keys_values=own, mask=mask, layout=PLAIN)), own
 
     attends = [partial(keep, before=before) for before in prefix]
     x, caches = _run(cfg, params, tokens, offset + jnp.maximum(at, 0), attends)
@@ -131,7 +138,7 @@ def _put(ring, axes: str, new, new_axes: str, which, column):
 @partial(jax.jit, static_argnames=("cfg", "temperature", "top_p", "stop_ids", "chunk"), donate_argnums=3)
 def decode(cfg: ModelConfig, params: Params, prefix: list, state: dict, table: dict, column, enough, *,
            temperature: float, top_p: float, stop_ids: tuple[int, ...], chunk: int):
-    """Decode `chunk` steps, or until `enough` slots have nothing to do.
+    """Decode `chunk` steps, or until `enough` slots have nothing to do, which a GPU looks for every few steps.
 
     `table` says of every slot [M] its `key` words (seed, name, k), the tokens it has seen (`age` in its ring,
     `offset` before), those it has written, and its `limit`; one that has reached it does nothing.
@@ -140,21 +147,21 @@ def decode(cfg: ModelConfig, params: Params, prefix: list, state: dict, table: d
     uniforms = jax.sharding.reshard(_uniforms(table, chunk), spec(None, None, "rows"))
     age, written, limit = (jax.sharding.reshard(table[name], spec("rows")) for name in ("age", "written", "limit"))
     head = model.head(params, state["x"].dtype)
-    ring, layout = jnp.arange(columns(state)), _layout()
+    size, layout = columns(state), _layout()
 
-    def write(q, k, v, before, caches, at, mask):
+    def write(q, k, v, before, caches, at, see):
         caches = tuple(jax.lax.dynamic_update_slice_in_dim(cache, new, at, axes.index("S"))
                        for cache, new, axes in zip(caches, _laid_out(k, v, layout), layout, strict=True))
-        return _attention(q, before, (*caches, mask), layout), caches
+        return _attention(q, k.shape[2], before, partial(see, keys_values=caches)), caches
 
     def step(s):
-        i, at = s["i"], (column + s["i"]) % len(ring)
+        i, at = s["i"], (column + s["i"]) % size
         logits = jnp.einsum("VD,DM->VM", head, s["x"], preferred_element_type=jnp.float32,
                             out_sharding=spec("vocab", "rows"))
         token, logp = _choose(jax.sharding.reshard(logits, spec(None, "rows")), uniforms[i],
                               temperature=temperature, top_p=top_p)
-        mask = ((at - ring) % len(ring) <= (age + i)[:, None])[:, None, None, None]
-        attends = [partial(write, before=before, caches=caches, at=at, mask=mask)
+        see = _of_ring(at, jnp.minimum(age + i, size - 1), size)
+        attends = [partial(write, before=before, caches=caches, at=at, see=see)
                    for before, caches in zip(prefix, s["caches"], strict=True)]
         x, caches = _run(cfg, params, token[:, None], (table["offset"] + age + i)[:, None], attends)
         done = s["done"] | (written + i + 1 >= limit) | jnp.any(token == jnp.array(stop_ids)[:, None], axis=0)
@@ -165,7 +172,9 @@ def decode(cfg: ModelConfig, params: Params, prefix: list, state: dict, table: d
     blank = partial(jnp.zeros, (chunk, len(age)), out_sharding=spec(None, "rows"))
     start = state | {"i": jnp.int32(0), "done": written >= limit, "tokens": blank(jnp.int32) - 1,
                      "logps": blank(jnp.float32)}
-    end = jax.lax.while_loop(lambda s: (s["i"] < chunk) & (jnp.sum(s["done"]) < enough), step, start)
+    steps = math.gcd(chunk, BEFORE_A_LOOK.get(mesh.platform(), 1))
+    end = jax.lax.while_loop(lambda s: (s["i"] < chunk) & (jnp.sum(s["done"]) < enough),
+                             lambda s: jax.lax.fori_loop(0, steps, lambda _, s: step(s), s), start)
     return {"x": end["x"], "caches": end["caches"]}, end["tokens"], end["logps"], end["i"]
 
 
@@ -180,7 +189,7 @@ def _uniforms(table: dict, chunk: int):
     return jnp.moveaxis(drawn, 2, 1)
 
 
-# --- the model, features first ---------------------------------------------------------------------------------------
+# --- the model -------------------------------------------------------------------------------------------------------
 
 
 def _run(cfg: ModelConfig, params: Params, tokens, positions, attends) -> tuple:
@@ -189,37 +198,47 @@ def _run(cfg: ModelConfig, params: Params, tokens, positions, attends) -> tuple:
     The layers are unrolled and their caches separate arrays, so that a loop updates them in place; through
     `lax.scan` every step would copy every cache whole.
     """
-    x = jnp.moveaxis(model.embed(params, tokens, params["embed"].dtype), -1, 0)
+    x = jnp.einsum(f"RTD->{_flow('D')}", model.embed(params, tokens, params["embed"].dtype))
     rotate = model.rotation(cfg.rope, positions, cfg.H, x.dtype)
     kept = []
     for weights, attend in zip(params["layers"], attends, strict=True):
         x, own = _layer(cfg, weights, x, rotate, attend)
         kept.append(own)
-    return _norm(x, params["final_norm"], cfg.norm_eps), kept
+    return jnp.einsum(f"{_flow('D')}->DRT", _norm(x, params["final_norm"], cfg.norm_eps)), kept
 
 
 def _layer(cfg: ModelConfig, w: dict, x, rotate, attend) -> tuple:
-    """One layer of model.Layers on [D R T]."""
-    G, narrow = cfg.N // cfg.K, spec(None, "rows", None)
-    qkv = jnp.einsum("KAHD,DRT->KAHRT", w["qkv"], _norm(x, w["attn_norm"], cfg.norm_eps),
-                     out_sharding=spec("heads", None, None, "rows", None))
-    qkv = qkv + w["qkv_bias"][..., None, None] if "qkv_bias" in w else qkv
-    qkv = jnp.moveaxis(qkv, (3, 4), (0, 1))
+    """One layer of model.Layers."""
+    G, (D, F, KAH, CF) = cfg.N // cfg.K, map(_flow, ("D", "F", "KAH", "CF"))
+    heads, narrow, wide = map(_split, (KAH, D, CF))
+    qkv = jnp.einsum(f"KAHD,{D}->{KAH}", w["qkv"], _norm(x, w["attn_norm"], cfg.norm_eps), out_sharding=heads)
+    qkv = jnp.einsum(f"{KAH}->RTKAH", qkv)
+    qkv = qkv + w["qkv_bias"] if "qkv_bias" in w else qkv
     q = qkv[:, :, :, :G].reshape(*qkv.shape[:2], cfg.N, cfg.H, out_sharding=spec("rows", None, "heads", None))
     mixed, kept = attend(rotate(q), rotate(qkv[:, :, :, G]), qkv[:, :, :, G + 1])
-    y = jnp.einsum("DA,RTA->DRT", w["o"], mixed, out_sharding=narrow)
-    x = x + (y + w["o_bias"][:, None, None] if "o_bias" in w else y)
+    y = jnp.einsum(f"DA,RTA->{D}", w["o"], mixed, out_sharding=narrow)
+    x = x + (y + _along(w["o_bias"], D) if "o_bias" in w else y)
 
-    wide = jnp.einsum("CFD,DRT->CFRT", w["gate_up"], _norm(x, w["mlp_norm"], cfg.norm_eps),
-                      out_sharding=spec(None, "mlp", "rows", None))
-    return x + jnp.einsum("DF,FRT->DRT", w["down"], jax.nn.silu(wide[0]) * wide[1], out_sharding=narrow), kept
+    y = jnp.einsum(f"CFD,{D}->{CF}", w["gate_up"], _norm(x, w["mlp_norm"], cfg.norm_eps), out_sharding=wide)
+    gate, up = jnp.unstack(y, axis=CF.index("C"))
+    return x + jnp.einsum(f"DF,{F}->{D}", w["down"], jax.nn.silu(gate) * up, out_sharding=narrow), kept
+
+
+def _flow(features: str) -> str:
+    """The axes of activations: as a product with the weight first gives them, or with the weight last."""
+    return "RT" + features if mesh.platform() == "gpu" else features + "RT"
+
+
+def _along(weight, axes: str):
+    """A weight [D] that fits activations."""
+    return jnp.expand_dims(weight, [i for i, axis in enumerate(axes) if axis != "D"])
 
 
 def _norm(x, weight, eps: float):
-    """model.rms_norm over the leading axis."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, 0, keepdims=True) + eps)
-    return y.astype(x.dtype) * weight[:, None, None]
+    """model.rms_norm over the features."""
+    axes, y = _flow("D"), x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axes.index("D"), keepdims=True) + eps)
+    return y.astype(x.dtype) * _along(weight, axes)
 
 
 def _layout() -> tuple[str, str]:
@@ -231,28 +250,60 @@ def _laid_out(k, v, layout: tuple[str, str]) -> tuple:
 
 
 def _split(axes: str):
-    return spec(*({"R": "rows", "K": "heads"}.get(axis) for axis in axes))
+    return spec(*map(AXES.get, axes))
 
 
-def _attention(q, before: tuple, own: tuple, layout: tuple[str, str]):
-    """Attend [R T N H] to what all rows have before them and to what each has of its own.
+def _attention(q, K: int, before: tuple, own):
+    """Attend [R T N H] to what all rows have before them, and to what each has of its own.
 
-    Each is keys, values and a mask that fits [R K G T S]; `layout` names the axes of the own keys and values, those
-    before are PLAIN without R. One softmax in fp32 over all, divided by its sum at the end. Returns [R T N*H].
+    A part of what all have is keys and values, PLAIN without R, and a mask; `own` is the `_softmax` over the rest. One
+    softmax over all, divided by its sum at the end. Returns [R T N*H].
     """
     R, T, N, H = q.shape
-    parts = [(*part, *(axes[1:] for axes in PLAIN)) for part in before] + [(*own, *layout)]
-    K = own[0].shape[layout[0].index("K")]
-    q = q.reshape(R, T, K, N // K, H, out_sharding=spec("rows", None, "heads", None, None))
+    grouped = q.reshape(R, T, K, N // K, H, out_sharding=spec("rows", None, "heads", None, None))
+    grouped = jnp.moveaxis(grouped, 1, 3)
+    parts = [_softmax(grouped, (keys, values), mask, [axes[1:] for axes in PLAIN]) for keys, values, mask in before]
+    parts.append(own(grouped))
+    mixed, total = _together(parts) if before else parts[0][::2]
+    mixed = jnp.moveaxis((mixed / total[..., None]).astype(q.dtype), 3, 1)
+    return mixed.reshape(R, T, N * H, out_sharding=spec("rows", None, "heads"))
+
+
+def _together(parts: list) -> tuple:
+    """The weighted sum of the values, and the weights' sum, of one softmax over all the keys that parts have."""
+    top = jnp.max(jnp.stack([part_top for _, part_top, _ in parts]), axis=0)
+    shares = [jnp.exp(part_top - top) for _, part_top, _ in parts]
+    return (sum(share[..., None] * mixed for share, (mixed, _, _) in zip(shares, parts, strict=True)),
+            sum(share * total for share, (_, _, total) in zip(shares, parts, strict=True)))
+
+
+def _softmax(q, keys_values, mask, layout) -> tuple:
+    """The weighted sum of the values [R K G T H], the largest logit and the weights' sum [R K G T], all fp32.
+
+    The mask fits [R K G T S]; `layout` names the axes of keys and values.
+    """
     f32 = {"preferred_element_type": jnp.float32}
-    scores = [jnp.where(mask, jnp.einsum(f"RKGTH,{axes}->RKGTS", jnp.moveaxis(q, 1, 3), keys, **f32) * H**-0.5,
-                        -jnp.inf) for keys, _, mask, axes, _ in parts]
-    top = jnp.max(jnp.stack([jnp.max(s, axis=-1) for s in scores]), axis=0)[..., None]
-    weights = [jnp.exp(s - top) for s in scores]
-    mixed = sum(jnp.einsum(f"RKGTS,{axes}->RKGTH", w.astype(q.dtype), values, **f32)
-                for w, (_, values, _, _, axes) in zip(weights, parts, strict=True))
-    mixed = (mixed / sum(jnp.sum(w, axis=-1) for w in weights)[..., None]).astype(q.dtype)
-    return jnp.moveaxis(mixed, 3, 1).reshape(R, T, N * H, out_sharding=spec("rows", None, "heads"))
+    logits = jnp.einsum(f"RKGTH,{layout[0]}->RKGTS", q, keys_values[0], **f32) * q.shape[-1]**-0.5
+    logits = jnp.where(mask, logits, -jnp.inf)
+    top = jnp.max(logits, axis=-1)
+    weights = jnp.exp(logits - top[..., None])
+    mixed = jnp.einsum(f"RKGTS,{layout[1]}->RKGTH", weights.astype(q.dtype), keys_values[1], **f32)
+    return mixed, top, jnp.sum(weights, axis=-1)
+
+
+def _of_ring(at, age, size: int):
+    """The `_softmax` over the columns of a ring that end with `at`, age + 1 of them."""
+    if mesh.platform() == "gpu":
+        return partial(_on_gpu, at=at, age=age)
+    mask = ((at - jnp.arange(size)) % size <= age[:, None])[:, None, None, None]
+    return partial(_softmax, mask=mask, layout=_layout())
+
+
+def _on_gpu(q, keys_values, at, age):
+    of_head = spec("rows", "heads", None, None)
+    of_ring = jax.shard_map(flash.of_ring, in_specs=(of_head, of_head, of_head, spec(), spec("rows")),
+                            out_specs=(of_head, *[spec("rows", "heads", None)] * 2), check_vma=False)
+    return tuple(x[:, :, :, None] for x in of_ring(q[:, :, :, 0], *keys_values, at, age))
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------

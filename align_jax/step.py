@@ -36,6 +36,7 @@ class Compute:
 
     dtype: str = "bfloat16"
     remat: str = "full"
+    unroll: bool = False
     chunk: int = 1024
     attention: str = "auto"
     accumulate: int = 1
@@ -89,7 +90,7 @@ def score_tokens(cfg: ModelConfig, params: Params, batch: Batch, *, compute: Com
     """Log-probability, fp32, of every token that has a slot, given what it sees; 0 of the others."""
     attend = attention.make(batch["segments"], batch["branches"], compute.attention)
     x = model.hidden(cfg, params, batch["tokens"], batch["positions"], attend, dtype=jnp.dtype(compute.dtype),
-                     remat=compute.remat)
+                     remat=compute.remat, unroll=compute.unroll)
     head = params.get("head", params["embed"]).astype(x.dtype)
     return logprob.of_tokens(head, x, batch["tokens"], batch["sources"], batch["slots"] >= 0, compute.chunk)
 

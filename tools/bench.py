@@ -4,7 +4,8 @@ r"""How fast, beside what users would pick instead: every contender in a process
         --python=trl=ENV/bin/python,transformers=ENV/bin/python,tunix=ENV/bin/python --out=bench.json
     python tools/bench.py --cases=overhead --model=CASE
     python tools/bench.py --cases=accelerator_sft,accelerator_dpo,accelerator_decode,accelerator_overhead \
-        --model=CASE --shape=deepseek-coder-1.3b [--rows=8] [--remat=mixed] [--rank=0] [--python=trl=ENV/bin/python]
+        --model=CASE --shape=deepseek-coder-1.3b [--rows=8] [--remat=mixed] [--unroll] [--rank=0] [--new=256] \
+        [--python=trl=ENV/bin/python]
 
 CASE is a checkpoint with pairs.jsonl in it, FOLDER has the peers' scripts (make_case.py among them makes a CASE), and
 an ENV is a virtual environment with that peer. A peer without an interpreter is left out, and said to be. Rounds are
@@ -43,6 +44,8 @@ _MODEL = flags.DEFINE_string("model", None, "a checkpoint with pairs.jsonl in it
 _SHAPE = flags.DEFINE_string("shape", "deepseek-coder-1.3b", "of the accelerator cases: one of fit.SHAPES")
 _RANK = flags.DEFINE_integer("rank", 0, "of LoRA, in the accelerator cases; 0: full training")
 _ROWS = flags.DEFINE_integer("rows", 8, "rows of 2,048 tokens a step, in the accelerator cases")
+_UNROLL = flags.DEFINE_bool("unroll", False, "the layers, in the accelerator cases")
+_NEW = flags.DEFINE_integer("new", 256, "tokens of an answer, in accelerator_decode")
 _REMAT = flags.DEFINE_string("remat", "mixed", "in the accelerator cases")
 _PEERS = flags.DEFINE_string("peers", "../shared/bench", "the folder of the peers' scripts")
 _PYTHON = flags.DEFINE_list("python", [], "PEER=INTERPRETER of its environment")
@@ -63,7 +66,7 @@ PEERS = {  # case -> what is compared, and the peers: (environment, script, argu
         "transformers": ("transformers", "hf_generate.py", "--prompts 4 --n 8 --new 512")}),
     "overhead": ("device_share", {}),
     "accelerator_sft": ("real_tokens_per_s", {}),
-    "accelerator_dpo": ("real_tokens_per_s", {"TRL": ("trl", HERE / "bench_trl.py", "{shape} --rank {rank}")}),
+    "accelerator_dpo": ("real_tokens_per_s", {"TRL": ("trl", HERE / "bench_trl.py", "{shape} --rank {rank} --batch 32")}),
     "accelerator_decode": ("share_of_bandwidth", {}),
     "accelerator_overhead": ("device_share", {}),
 }
@@ -158,12 +161,15 @@ def accelerator_dpo() -> dict:
 
 def accelerator_overhead() -> dict:
     """`overhead` at the size of a real model."""
-    return _overhead(Compute("bfloat16", remat=_REMAT.value), rows=_ROWS.value, row_length=2048, weights=_random)
+    return _overhead(_compute(), rows=_ROWS.value, row_length=2048, weights=_random)
 
 
 def _accelerator(goal: str) -> dict:
-    return _steps(goal, Compute("bfloat16", remat=_REMAT.value), rows=_ROWS.value, row_length=2048, count=10,
-                  weights=_random)
+    return _steps(goal, _compute(), rows=_ROWS.value, row_length=2048, count=10, weights=_random)
+
+
+def _compute() -> Compute:
+    return Compute("bfloat16", remat=_REMAT.value, unroll=_UNROLL.value)
 
 
 def _random():
@@ -172,16 +178,17 @@ def _random():
 
 
 def accelerator_decode() -> dict:
-    """128 sequences of 256 tokens from 16 prompts: bytes that a step must read, by what the memory can give."""
+    """128 sequences of --new tokens from 16 prompts: bytes that a step must read, by what the memory can give."""
     cfg = fit.SHAPES[_SHAPE.value]
     texts = [r["prompt"] for r in records.rows(Path(_MODEL.value) / "pairs.jsonl")][:16]
     with jax.set_mesh(mesh.make(data=-1, fsdp=1)):
         params = jax.tree.map(lambda x: x.astype("bfloat16"), model.init(cfg, 0))
         sampler = decode.Sampler.of(cfg, params, text.load(_MODEL.value), (-1,), batch_size=128)
         for _ in range(2):
-            list(sampler.generate([(str(i), t) for i, t in enumerate(texts)], n=8, max_tokens=256))
-    weights = 2 * (cfg.num_params - cfg.V * cfg.D * (not cfg.tied))
-    lengths = [len(text.encode_prompt(sampler.tokenizer, t)) + 128 for t in texts]  # half of the answer, in the mean
+            list(sampler.generate([(str(i), t) for i, t in enumerate(texts)], n=8, max_tokens=_NEW.value))
+        weights = 2 * (cfg.num_params - cfg.V * cfg.D * (not cfg.tied))
+    half = _NEW.value / 2  # of the answer, in the mean
+    lengths = [len(text.encode_prompt(sampler.tokenizer, t)) + half for t in texts]
     caches = 2 * 2 * cfg.L * cfg.K * cfg.H * 8 * sum(lengths)
     steps_per_s = sampler.work.rate / 128
     read = weights + caches / jax.device_count()  # the weights by every device
@@ -255,7 +262,8 @@ def _chip() -> fit.Chip:
 
 def contenders(case: str) -> tuple[dict[str, list[str]], dict[str, str]]:
     """The command of every contender of a case, and why others are left out."""
-    ours = [f"--{name}={flags.FLAGS[name].value}" for name in ("model", "shape", "rank", "rows", "remat")]
+    ours = [f"--{name}={flags.FLAGS[name].value}" for name in
+            ("model", "shape", "rank", "rows", "remat", "unroll", "new")]
     commands, absent = {"align_jax": [sys.executable, __file__, f"--worker={case}", *ours]}, {}
     interpreters = dict(item.split("=", 1) for item in _PYTHON.value)
     for name, (peer, script, arguments) in PEERS[case][1].items():
@@ -315,11 +323,12 @@ def main(argv) -> None:
     if _WORKER.value:
         found = globals()[_WORKER.value]()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(json.dumps({"peak_rss_gib": round(peak, 2)} | found))
+        print(json.dumps({"device": jax.devices()[0].device_kind, "peak_rss_gib": round(peak, 2)} | found))
         return
     unknown = set(_CASES.value) - set(PEERS)
     if unknown:
         raise SystemExit(f"error: --cases: got {sorted(unknown)}, available are {', '.join(PEERS)}")
+    jax.config.update("jax_platforms", "cpu")  # the devices are the contenders'
     results = {"versions": log.versions(), "cores": os.cpu_count()}
     for case in _CASES.value:
         results[case] = result = compare(case)
