@@ -307,7 +307,8 @@ def hints(c: Mapping, fit: Fit) -> list[str]:
         "optimizer state": [split, ("optim.offload=True", not c["optim"]["offload"]), adapters],
         REST: [("compute.dtype=bfloat16", compute["dtype"] == "float32"),
                ("more of compute.accumulate", c["data"]["rows_per_batch"] > row_shards * compute["accumulate"]),
-               (f"compute.remat={remat}", remat), split, adapters, ("a shorter data.row_length", True)],
+               ("compute.unroll=False", compute["unroll"]), (f"compute.remat={remat}", remat),
+               split, adapters, ("a shorter data.row_length", True)],
     }
     large = sorted((part for part in known if fit.parts[part] > fit.total / 10), key=fit.parts.get, reverse=True)
     return [*dict.fromkeys(hint for part in large for hint, is_open in known[part] if is_open), "more chips"]

@@ -36,7 +36,7 @@ TILES = {  # for 2 bytes a number and heads of up to 128: the best of those trie
     "dq": Tile(64, 64, 4, 2),
     "dkv": Tile(64, 64, 4, 2),
 }
-SMALL = Tile(32, 32, 4, 1)  # for larger ones
+SMALL = Tile(32, 32, 4, 1)  # for others
 LONGEST = max(max(tile.q, tile.k) for tile in TILES.values())  # what T must be a multiple of
 
 
@@ -158,7 +158,7 @@ def _d_keys(until, end, k, v, q, d_out, logsumexp, slope, d_k, d_v, *, tile: Til
 
 
 def _of_ring(column, age, q, keys, values, out, top_out, total_out, *, tile: Tile):
-    (G, H), S = q.shape, keys.shape[0]
+    G, S = q.shape[0], keys.shape[0]
     column, age, is_head = column[0], age[0], jnp.arange(tile.q) < G
     queries = triton.load(q.at[pl.ds(0, tile.q), :], mask=is_head[:, None], other=0.0)
     oldest = lax.rem(column - age + S, S)
@@ -210,7 +210,7 @@ def _dot(a, b, **settings):
 
 
 def _tile(kernel: str, q) -> Tile:
-    return TILES[kernel] if q.shape[-1] * q.dtype.itemsize <= 256 else SMALL
+    return TILES[kernel] if q.dtype.itemsize == 2 and q.shape[-1] <= 128 else SMALL
 
 
 def _call(kernel, tile: Tile, grid, in_specs, out_specs, out_shape):

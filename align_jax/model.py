@@ -181,7 +181,8 @@ def hidden(cfg: ModelConfig, params: Params, tokens: Int[Array, "R T"], position
            unroll: bool = False) -> Float[Array, "R T D"]:
     """Run packed rows; `attend(q [R T N H], k [R T K H], v) -> [R T N H]` says which token sees which.
 
-    `unroll` makes no loop of the layers: what the backward pass needs of each is not copied into an array of all.
+    `unroll` makes no loop of the layers: what the backward pass needs of each is not copied into an array of all, and
+    of "dots" XLA computes again only what it would rather.
     """
     if remat not in REMAT:
         raise ValueError(f"remat: got {remat!r}, available are {sorted(REMAT)}")
@@ -191,7 +192,8 @@ def hidden(cfg: ModelConfig, params: Params, tokens: Int[Array, "R T"], position
         x = checkpoint_name(x, "layer_input")
         return _layer(cfg, weights)(x, rotate, lambda q, k, v: (attend(q, k, v), None), cfg.norm_eps)
 
-    layer = layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=unroll)
+    if remat != "none":
+        layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=unroll and remat != "dots")
     x, _ = jax.lax.scan(layer, embed(params, tokens, dtype), params["layers"], unroll=unroll)
     return rms_norm(x, params["final_norm"], cfg.norm_eps)
 

@@ -1,11 +1,13 @@
 """Attention of every platform, against the formula in float64: who sees whom, values and gradients, on every mesh."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from conftest import on_mesh
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
-from align_jax import attention, mesh
+from align_jax import attention, flash, mesh, slots
 
 R, N, K, H = 8, 4, 2, 16
 
@@ -200,20 +202,61 @@ def test_cudnn_takes_our_shapes(one_device, monkeypatch):
         assert line.count("tensor<2x2048x8x128xbf16>") >= 2 and "tensor<2x1x2048x2048xbf16>" in line
 
 
+def test_triton_takes_our_shapes(one_device, monkeypatch):
+    """Lowered for CUDA without a GPU: Triton's kernels, nothing of [T T], no use for a second forward pass."""
+    monkeypatch.setattr(flash, "mesh", SimpleNamespace(platform=lambda: "gpu"))  # not interpreted
+    if find_spec("jax._src.pallas.triton.gpu_info"):  # jax 0.11 asks which GPU it is for
+        from jax._src.pallas.triton import gpu_info
+        monkeypatch.setattr(gpu_info, "get_gpu_info", lambda *_: SimpleNamespace(compute_capability=90))
+    keep = jax.checkpoint_policies.save_only_these_names(attention.SAVED)
+    grad, shapes = grad_of_layers("triton", 2048, dtype="bfloat16", policy=keep, shape=(2, 32, 8, 128))
+    with jax.default_matmul_precision("default"):
+        lowered = grad.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r'%(\d+)(?::2)? = stablehlo.custom_call @__gpu\$xla.gpu.triton.*name = "(\w+)"', lowered)
+    assert [name for _, name in calls] == ["forward", "forward", "d_queries", "d_keys"]
+    assert f"%{calls[0][0]}#0" in lowered and f"%{calls[1][0]}#" not in lowered  # which XLA leaves out
+    assert "2048x2048" not in lowered
+
+
+def ring_is_the_formula(dtype: str, rtol: float):
+    """Slots of every age, in rings whose newest column is anywhere, groups that are no power of two."""
+    rng = np.random.default_rng(0)
+    for G, S in ((1, 96), (3, 128), (7, 64)):
+        q, keys, values = (rng.standard_normal((16, 2, n, 64)) for n in (G, S, S))
+        for column in (0, 40, S - 1):
+            age = rng.integers(0, S, 16).astype(np.int32)
+            age[:2] = 0, S - 1
+            arrays = [put(x, dtype, "rows", "heads", None, None) for x in (q, keys, values)]
+            found = slots._on_gpu(arrays[0][:, :, :, None], arrays[1:], jnp.int32(column), put(age, "int32", "rows"))
+            mixed, top, total = (np.asarray(x[:, :, :, 0], np.float64) for x in found)
+            seen = (column - np.arange(S)) % S <= age[:, None]
+            logits = np.where(seen[:, None, None], np.einsum("RKGH,RKSH->RKGS", q, keys) / 8, -np.inf)
+            weights = np.exp(logits - logits.max(-1, keepdims=True))
+            expected = np.einsum("RKGS,RKSH->RKGH", weights / weights.sum(-1, keepdims=True), values)
+            assert np.abs(mixed / total[..., None] - expected).max() <= rtol * np.abs(expected).max()
+            assert np.abs(top - logits.max(-1)).max() <= rtol * np.abs(logits[np.isfinite(logits)]).max()
+
+
+def test_a_ring_is_the_formula(one_device):
+    ring_is_the_formula("float32", 2e-6)
+
+
 GPU = """
-import numpy, test_attention as t
+import test_attention as t
 from align_jax import mesh
 import jax
 t.H = 64
 rows, inputs = t.batch(512), t.arrays(512)
 with jax.set_mesh(mesh.make(1, 1, 1, devices=jax.devices()[:1])):
-    t.assert_close(t.run("auto", *rows, *inputs, dtype="bfloat16"), t.dense(*rows, *inputs), 2e-2)
+    for impl in ("triton", "cudnn"):
+        t.assert_close(t.run(impl, *rows, *inputs, dtype="bfloat16"), t.dense(*rows, *inputs), 2e-2)
+    t.ring_is_the_formula("bfloat16", 2e-2)
 """
 
 
 @pytest.mark.skipif(not Path("/dev/nvidia0").exists() or not any(find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)),
                     reason="needs an NVIDIA GPU and jax[cuda13]")
-def test_cudnn_is_the_formula():
+def test_on_a_gpu_its_kernels_are_the_formula():
     subprocess.run([sys.executable, "-c", GPU], check=True, cwd=Path(__file__).parent,
                    env=os.environ | {"JAX_PLATFORMS": "cuda"})
 

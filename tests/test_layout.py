@@ -9,14 +9,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LEVELS = {
     0: {"mesh", "records", "tensorfile", "text", "losses", "optim", "checkpoint", "log", "jail", "sandbox",
-        "attention", "logprob"},
+        "flash", "attention", "logprob"},
     1: {"model", "lora", "data"},
     2: {"hf_config", "hf", "step", "fit", "slots", "decode", "engine", "sample"},
     3: {"train", "synth", "score"},
     4: {"report"},
     5: {"study"},
 }
-WITHIN = {("text", "records"), ("attention", "mesh"), ("logprob", "mesh"), ("lora", "model"),
+WITHIN = {("text", "records"), ("flash", "mesh"), ("attention", "flash"), ("attention", "mesh"),
+          ("logprob", "mesh"), ("lora", "model"),
           ("hf", "hf_config"), ("decode", "hf"), ("decode", "slots"), ("engine", "hf"), ("engine", "decode"),
           ("sample", "decode"), ("sample", "engine"), ("fit", "hf"), ("fit", "step"),
           ("synth", "score")}  # imports inside a level

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,19 @@ def score(answers) -> dict[tuple[str, int], np.ndarray]:
 @pytest.mark.parametrize("settings", [{"batch_size": 3}, {"batch_size": 13}, {"chunk": 5}], ids=str)
 def test_batch_and_chunk_change_no_sample(settings, expected, one_device):
     assert ids_of(drawn(**settings)) == ids_of(expected)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_what_a_gpu_runs_changes_no_sample(shape, expected, monkeypatch):
+    """Interpreted: rings by flash.py, activations with their features last, several steps between two looks."""
+    monkeypatch.setattr(slots, "mesh", SimpleNamespace(platform=lambda: "gpu"))
+    jax.clear_caches()  # what was compiled is for a CPU, and the other way round
+    try:
+        with on(*shape):
+            got = drawn(PROMPTS[:5], n=2, chunk=16)
+    finally:
+        jax.clear_caches()
+    assert ids_of(got) == {name: ids_of(expected)[name][:2] for name in got}
 
 
 def test_the_mesh_changes_no_sample(expected, any_mesh):

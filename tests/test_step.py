@@ -345,6 +345,11 @@ def test_remat_and_chunk_give_the_same_gradient(remat, plain, one_device):
     assert_same_step(one_step("dpo", UNEVEN, remat=remat, chunk=32), plain("dpo"), 1e-5)
 
 
+@pytest.mark.parametrize("remat", ["none", "mixed", "dots"])
+def test_unrolled_layers_give_the_same_gradient(remat, plain, one_device):
+    assert_same_step(one_step("dpo", UNEVEN, remat=remat, unroll=True), plain("dpo"), 1e-5)
+
+
 def test_an_example_counts_the_same_wherever_it_lies(plain, one_device):
     assert_same_step(one_step("bonbon", [[], [4, 9], [], [1, 0]]), plain("bonbon"), 1e-5)
 

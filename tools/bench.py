@@ -66,7 +66,8 @@ PEERS = {  # case -> what is compared, and the peers: (environment, script, argu
         "transformers": ("transformers", "hf_generate.py", "--prompts 4 --n 8 --new 512")}),
     "overhead": ("device_share", {}),
     "accelerator_sft": ("real_tokens_per_s", {}),
-    "accelerator_dpo": ("real_tokens_per_s", {"TRL": ("trl", HERE / "bench_trl.py", "{shape} --rank {rank} --batch 32")}),
+    "accelerator_dpo": ("real_tokens_per_s", {
+        "TRL": ("trl", HERE / "bench_trl.py", "{shape} --rank {rank} --batch 32")}),
     "accelerator_decode": ("share_of_bandwidth", {}),
     "accelerator_overhead": ("device_share", {}),
 }
@@ -222,10 +223,12 @@ def _steps(goal: str, compute: Compute, *, rows: int, row_length: int, count: in
 
 
 def _trainer(goal: str, compute: Compute, rows: int, row_length: int, cfg, params):
-    """A step, its state, and batches of the case's pairs, or of their chosen sides."""
+    """A step, its state, and batches of the case's pairs, or of their chosen sides, over and over."""
     kind, select, completions = train.KINDS["pairs" if goal == "dpo" else "chosen"]
-    pairs = ((line, select(r)) for line, r in records.stream(Path(_MODEL.value) / "pairs.jsonl", kind))
-    pairs = itertools.islice(pairs, 48)  # what the peers take
+    pairs = records.stream(Path(_MODEL.value) / "pairs.jsonl", kind)
+    pairs = [(line, select(r)) for line, r in itertools.islice(pairs, 48)]  # what the peers take
+    copies = 1 if row_length < 2048 else 40  # so many that the last rows of an epoch, which are not full, do not count
+    pairs = [(line, dataclasses.replace(r, id=f"{copy}/{r.id}")) for copy in range(copies) for line, r in pairs]
     shape, ref_logps = {"row_length": row_length, "rows_per_batch": rows}, None
     with tempfile.TemporaryDirectory() as folder:
         data.store(Path(folder) / "0.arrow", data.encode_all(

@@ -1,10 +1,11 @@
 """TRL's DPO with its best settings on one GPU, beside which bench.py puts ours; runs in an environment of TRL's.
 
-    ENV/bin/python tools/bench_trl.py CASE CONFIG_JSON [--batch 16] [--steps 10] [--rank 0] [--cpu]
+    ENV/bin/python tools/bench_trl.py CASE CONFIG_JSON [--batch 16] [--steps 10] [--rank 0] [--checkpointing] [--cpu]
 
-Random weights in the shape of CONFIG_JSON, the pairs and tokenizer of CASE. bfloat16, FlashAttention 2 on sequences
-without padding where flash-attn is installed (else PyTorch's own attention), Liger's fused loss where liger-kernel is,
-gradient checkpointing, precomputed reference log-probs, fused AdamW. Prints JSON: real tokens and pairs a second.
+Random weights in the shape of CONFIG_JSON, the pairs and tokenizer of CASE. bfloat16 over fp32 weights, FlashAttention
+2 where flash-attn is installed (else PyTorch's own attention), Liger's kernels where liger-kernel is, precomputed
+reference log-probs, fused AdamW; padded, since TRL 1.16 has switched padding_free off. Prints JSON: real tokens and
+pairs a second.
 """
 
 import argparse
@@ -67,7 +68,8 @@ with tempfile.TemporaryDirectory() as folder:
         model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(rows), callbacks=[clock], **peft,
         args=DPOConfig(output_dir=folder, per_device_train_batch_size=args.batch, max_steps=args.steps,
                        max_length=args.max_length, learning_rate=1e-6, logging_steps=1, report_to=[],
-                       save_strategy="no", bf16=not args.cpu, use_cpu=args.cpu, gradient_checkpointing=args.checkpointing,
+                       save_strategy="no", bf16=not args.cpu, use_cpu=args.cpu,
+                       gradient_checkpointing=args.checkpointing,
                        use_liger_kernel=find_spec("liger_kernel") is not None,
                        precompute_ref_log_probs=True, disable_tqdm=True,
                        optim="adamw_torch" if args.cpu else "adamw_torch_fused"))
