@@ -36,8 +36,8 @@ def make(segments: Int[Array, "R T"], branches: Int[Array, "R T"], impl: str = "
     """Return attend(q [R T N H], k [R T K H], v [R T K H]) -> [R T N H] for these rows, made once for all layers.
 
     Logits and softmax are fp32. `impl` is a name of KERNELS or "auto", which goes by the platform of the mesh.
-    Any T is taken. What cuDNN does not have (fp32, H above 128 or not a multiple of 8, odd T) is computed without it,
-    with logits in memory.
+    Any T is taken. What a GPU's kernel does not have ("triton": H not in flash.HEADS; "cudnn": fp32, H above 128
+    or not a multiple of 8, odd T) is computed without it, with logits in memory.
     """
     impl = BY_PLATFORM[mesh.platform()] if impl == "auto" else impl
     if impl not in KERNELS:
@@ -102,15 +102,14 @@ _flash.defvjp(_flash_forward, _flash_backward)
 
 
 def _triton_prepare(until) -> dict:
-    padded = _pad(until, flash.LONGEST, until.shape[1] + flash.LONGEST)
-    return {"unpadded": until} | flash.prepare(padded)
+    return flash.prepare(_pad(until, flash.BLOCK, until.shape[1] + flash.BLOCK))
 
 
 def _triton(rows, q, k, v):
     T, H = q.shape[1], q.shape[3]
-    if H not in (16, 32, 64, 128, 256):
-        return _dense(_visible(rows["unpadded"]), q, k, v)
-    return _flash((flash.forward, flash.backward), rows, *(_pad(x, flash.LONGEST) for x in (q, k, v)))[:, :T]
+    if H not in flash.HEADS:
+        return _dense(_visible(rows["until"])[:, :T, :T], q, k, v)
+    return _flash((flash.forward, flash.backward), rows, *(_pad(x, flash.BLOCK) for x in (q, k, v)))[:, :T]
 
 
 def _cudnn(mask, q, k, v):
@@ -153,9 +152,7 @@ def _xla_prepare(until) -> dict:
     if until.shape[1] <= SHORT:
         return {"mask": _visible(until)}
     until = _pad(until, BLOCK, until.shape[1] + BLOCK)
-    most = einops.reduce(until, "R (j s) -> R j", "max", s=BLOCK)
-    first = jnp.argmax(most[:, None, :] > jnp.arange(0, until.shape[1], BLOCK)[:, None], axis=-1)
-    return {"until": until, "first": first}  # block of keys that a block of queries sees
+    return {"until": until, "first": flash.ends(until, BLOCK)[0]}
 
 
 def _xla(rows, q, k, v):

@@ -2,10 +2,12 @@
 
 FlashAttention-2 (arXiv:2307.08691) under the mask of FlashMask (arXiv:2410.01359): the query at t sees the key at s iff
 s <= t < until[s]. Logits are in base 2. A gradient is two kernels, which compute the weights again: one goes over the
-keys of a block of queries, and one over the queries of a block of keys.
+keys of a block of queries, and one over the queries of a block of keys. `of_ring` is attention for sampling.
+
+Pallas' Triton backend is deprecated since jax 0.11 and there up to the bound of jax in setup.py; its heir, Mosaic, has
+no kernels for GPUs before Hopper. compute.attention=cudnn needs neither.
 """
 
-import dataclasses
 import math
 from functools import partial
 
@@ -14,139 +16,121 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from align_jax import mesh
 
+HEADS = 16, 32, 64, 128, 256  # sizes H that there are kernels for
+BLOCK = 64  # queries, and keys, at a time: the best of those tried on an H200, and not too many for an L4
+SMALL = 32  # of them, in fp32 and with heads above 128
+RING_BLOCKS = 64, 32, 16  # columns of a ring at a time: the first that divides it, in at most RING_BYTES of keys
+RING_BYTES = 2**14
+WARPS = 4
+STAGES = {"forward": 3, "d_queries": 2, "d_keys": 2, "of_ring": 2}  # blocks that are on their way at once
 LOW = -1e30  # a logit that nothing sees; finite, so that a block without a visible key stays a number
 
 
-@dataclasses.dataclass(frozen=True, order=True)
-class Tile:
-    """Queries and keys at a time, and what Triton is told of a kernel."""
-
-    q: int
-    k: int
-    warps: int
-    stages: int
-
-
-TILES = {  # for 2 bytes a number and heads of up to 128: the best of those tried on an H200, and small enough for an L4
-    "forward": Tile(64, 64, 4, 3),
-    "dq": Tile(64, 64, 4, 2),
-    "dkv": Tile(64, 64, 4, 2),
-}
-SMALL = Tile(32, 32, 4, 1)  # for others
-LONGEST = max(max(tile.q, tile.k) for tile in TILES.values())  # what T must be a multiple of
-
-
 def prepare(until: Int[Array, "R T"]) -> dict:
-    """Where the kernels' loops begin and end."""
-    return {"until": until, "ends": {tile: _ends(until, tile) for tile in (*TILES.values(), SMALL)}}
+    """Where the kernels' loops begin and end; T is a multiple of BLOCK."""
+    return {"until": until, "ends": {size: ends(until, size) for size in (BLOCK, SMALL)}}
 
 
-def _ends(until, tile: Tile) -> tuple:
-    """The first block of keys [R T/q] that a block of queries sees, and the end of the queries [R T/k] that see one."""
+def ends(until: Int[Array, "R T"], size: int) -> tuple:
+    """Of every block [R T/size]: the first block of keys that it sees, and the end of those of queries that see it."""
     R, T = until.shape
-    most = until.reshape(R, T // tile.k, tile.k).max(-1)
-    first = jnp.argmax(most[:, None, :] > jnp.arange(0, T, tile.q)[:, None], axis=-1)
-    return first.astype(jnp.int32), (most + tile.q - 1) // tile.q
+    most = until.reshape(R, T // size, size).max(-1)
+    first = jnp.argmax(most[:, None, :] > jnp.arange(0, T, size)[:, None], axis=-1)
+    return first.astype(jnp.int32), (most + size - 1) // size
 
 
-def forward(rows: dict, q, k, v) -> tuple:
-    """The output [R T N H], and the log, to base 2, of each softmax's sum [R N T]."""
+def forward(rows: dict, q: Float[Array, "R T N H"], k: Float[Array, "R T K H"], v: Float[Array, "R T K H"]) -> tuple:
+    """The output [R T N H], and the log, to base 2, of each softmax's sum [R N T]; H is one of HEADS."""
     R, T, N, H = q.shape
-    tile = _tile("forward", q)
-    of_queries, of_keys = _block(tile.q, H), _whole(T, H, N // k.shape[2])
-    return _call(_forward, tile, (T // tile.q, N, R),
-                 [_row(T), _row(T // tile.q), of_queries, of_keys, of_keys], [of_queries, _line(tile.q)],
-                 [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((R, N, T), jnp.float32)])(
-        rows["until"], rows["ends"][tile][0], q, k, v)
+    size = _size(q)
+    mine, theirs = _block(size, H), _whole(T, H, N // k.shape[2])
+    return _call(_forward, size, (T // size, N, R), [_row(T), _row(T // size), mine, theirs, theirs],
+                 [mine, _line(size)], [_like(q), jax.ShapeDtypeStruct((R, N, T), jnp.float32)])(
+        rows["until"], rows["ends"][size][0], q, k, v)
 
 
 def backward(rows: dict, q, k, v, out, logsumexp, d_out) -> tuple:
     """The gradients of q, k and v."""
     R, T, N, H = q.shape
-    K = k.shape[2]
+    K, size = k.shape[2], _size(q)
     slope = jnp.einsum("RTNH,RTNH->RNT", out, d_out, preferred_element_type=jnp.float32)  # what the softmax takes off
+    until, (first, end) = rows["until"], rows["ends"][size]
+    mine, theirs, line, loops = _block(size, H), _whole(T, H, N // K), _line(size), _row(T // size)
 
-    tile = _tile("dq", q)
-    mine, theirs, line = _block(tile.q, H), _whole(T, H, N // K), _line(tile.q)
-    d_q = _call(_d_queries, tile, (T // tile.q, N, R),
-                [_row(T), _row(T // tile.q), mine, theirs, theirs, mine, line, line], mine,
-                jax.ShapeDtypeStruct(q.shape, q.dtype))(
-        rows["until"], rows["ends"][tile][0], q, k, v, d_out, logsumexp, slope)
+    d_q = _call(_d_queries, size, (T // size, N, R), [_row(T), loops, mine, theirs, theirs, mine, line, line], mine,
+                _like(q))(until, first, q, k, v, d_out, logsumexp, slope)
 
-    tile = _tile("dkv", q)
-    mine = _block(tile.k, H)
     group = pl.BlockSpec((None, T, N // K, H), lambda j, h, r: (r, 0, h, 0))
     lines = pl.BlockSpec((None, N // K, T), lambda j, h, r: (r, h, 0))
-    d_k, d_v = _call(_d_keys, tile, (T // tile.k, K, R),
-                     [pl.BlockSpec((None, tile.k), lambda j, h, r: (r, j)), _row(T // tile.k), mine, mine, group, group,
-                      lines, lines], [mine, mine], [jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2)(
-        rows["until"], rows["ends"][tile][1], k, v, q, d_out, logsumexp, slope)
+    own = pl.BlockSpec((None, size), lambda j, h, r: (r, j))
+    d_k, d_v = _call(_d_keys, size, (T // size, K, R), [own, loops, mine, mine, group, group, lines, lines],
+                     [mine, mine], [_like(k), _like(v)])(until, end, k, v, q, d_out, logsumexp, slope)
     return d_q, d_k, d_v
 
 
-def of_ring(q, keys, values, column, age) -> tuple:
-    """Attend [R K G H] to a ring's columns [R K S H], of which row r sees the age[r] + 1 that end with `column`.
+def of_ring(q: Float[Array, "R K G H"], keys: Float[Array, "R K S H"], values: Float[Array, "R K S H"],
+            column: Int[Array, ""], age: Int[Array, " R"]) -> tuple:
+    """Attend to a ring's columns, of which row r sees the age[r] + 1 that end with `column`; age < S.
 
     Returns the weighted sum [R K G H] of the values, each softmax's largest logit, to base e, and its sum [R K G].
     """
     R, K, G, H = q.shape
     S = keys.shape[2]
-    tile = Tile(max(16, pl.next_power_of_2(G)), next(k for k in (64, 32, 16) if S % k == 0), 4, 3)
-    heads, ring = (pl.BlockSpec((None, None, size, H), lambda h, r: (r, h, 0, 0)) for size in (G, S))
+    size = next(size for size in RING_BLOCKS if S % size == 0 and size * H * keys.dtype.itemsize <= RING_BYTES)
+    heads, ring = (pl.BlockSpec((None, None, count, H), lambda h, r: (r, h, 0, 0)) for count in (G, S))
     line = pl.BlockSpec((None, None, G), lambda h, r: (r, h, 0))
     numbers = jax.ShapeDtypeStruct((R, K, G), jnp.float32)
-    return _call(_of_ring, tile, (K, R), [pl.BlockSpec((1,), lambda h, r: (0,)), pl.BlockSpec((1,), lambda h, r: (r,)),
-                                          heads, ring, ring], [heads, line, line],
+    one = pl.BlockSpec((1,), lambda h, r: (0,)), pl.BlockSpec((1,), lambda h, r: (r,))
+    return _call(_of_ring, size, (K, R), [*one, heads, ring, ring], [heads, line, line],
                  [jax.ShapeDtypeStruct(q.shape, jnp.float32), numbers, numbers])(column[None], age, q, keys, values)
 
 
-# --- the kernels: one block each of queries or of keys, one head, one row ------------------------------
+# --- the kernels: a block of queries or of keys, of one head of one row --------------------------------
 
 
-def _forward(until, first, q, k, v, out, logsumexp, *, tile: Tile):
+def _forward(until, first, q, k, v, out, logsumexp, *, size: int):
     i, queries = pl.program_id(0), q[...]
 
     def add(j, sums):
-        at = pl.ds(j * tile.k, tile.k)
-        logits = jnp.where(_seen(i, j, until[at], tile), _dot(queries, k[at, :], trans_b=True) * _scale(q), LOW)
+        at = pl.ds(j * size, size)
+        logits = jnp.where(_seen(i, j, until[at], size), _dot(queries, k[at, :], trans_b=True) * _scale(q), LOW)
         return _add(sums, logits, v[at, :])
 
-    top, total, mixed = lax.fori_loop(first[i], pl.cdiv((i + 1) * tile.q, tile.k), add, _nothing(queries))
+    top, total, mixed = lax.fori_loop(first[i], i + 1, add, _nothing(queries))
     out[...] = (mixed / total[:, None]).astype(out.dtype)
     logsumexp[...] = top + jnp.log2(total)
 
 
-def _d_queries(until, first, q, k, v, d_out, logsumexp, slope, d_q, *, tile: Tile):
+def _d_queries(until, first, q, k, v, d_out, logsumexp, slope, d_q, *, size: int):
     i, queries, up = pl.program_id(0), q[...], d_out[...]
     logsumexp, slope = logsumexp[...][:, None], slope[...][:, None]
 
     def add(j, total):
-        at = pl.ds(j * tile.k, tile.k)
+        at = pl.ds(j * size, size)
         keys = k[at, :]
         weights = jnp.exp2(_dot(queries, keys, trans_b=True) * _scale(q) - logsumexp)
-        weights = jnp.where(_seen(i, j, until[at], tile), weights, 0.0)
+        weights = jnp.where(_seen(i, j, until[at], size), weights, 0.0)
         d_logits = weights * (_dot(up, v[at, :], trans_b=True) - slope)
         return total + _dot(d_logits.astype(keys.dtype), keys)
 
-    total = lax.fori_loop(first[i], pl.cdiv((i + 1) * tile.q, tile.k), add, jnp.zeros(queries.shape, jnp.float32))
+    total = lax.fori_loop(first[i], i + 1, add, jnp.zeros(queries.shape, jnp.float32))
     d_q[...] = (total * q.shape[-1]**-0.5).astype(d_q.dtype)
 
 
-def _d_keys(until, end, k, v, q, d_out, logsumexp, slope, d_k, d_v, *, tile: Tile):
+def _d_keys(until, end, k, v, q, d_out, logsumexp, slope, d_k, d_v, *, size: int):
     j, keys, values, until = pl.program_id(0), k[...], v[...], until[...]
-    start = lax.div(j * tile.k, tile.q)
-    count = end[j] - start  # blocks of queries, of each head of the group
+    count = end[j] - j  # blocks of queries, of each head of the group
 
     def add(n, sums):  # keys down, queries across
-        g, i = lax.div(n, count), start + lax.rem(n, count)
-        at = pl.ds(i * tile.q, tile.q)
+        g, i = lax.div(n, count), j + lax.rem(n, count)
+        at = pl.ds(i * size, size)
         queries, up = q[at, g, :], d_out[at, g, :]
         weights = jnp.exp2(_dot(keys, queries, trans_b=True) * _scale(q) - logsumexp[g, at][None, :])
-        weights = jnp.where(_seen(i, j, until, tile, keys_down=True), weights, 0.0)
+        weights = jnp.where(_seen(i, j, until, size, keys_down=True), weights, 0.0)
         d_logits = weights * (_dot(values, up, trans_b=True) - slope[g, at][None, :])
         return (sums[0] + _dot(d_logits.astype(queries.dtype), queries),
                 sums[1] + _dot(weights.astype(up.dtype), up))
@@ -157,24 +141,26 @@ def _d_keys(until, end, k, v, q, d_out, logsumexp, slope, d_k, d_v, *, tile: Til
     d_v[...] = total_v.astype(d_v.dtype)
 
 
-def _of_ring(column, age, q, keys, values, out, top_out, total_out, *, tile: Tile):
+def _of_ring(column, age, q, keys, values, out, top_out, total_out, *, size: int):
     G, S = q.shape[0], keys.shape[0]
-    column, age, is_head = column[0], age[0], jnp.arange(tile.q) < G
-    queries = triton.load(q.at[pl.ds(0, tile.q), :], mask=is_head[:, None], other=0.0)
+    column, age = column[0], age[0]
+    heads = max(16, pl.next_power_of_2(G))  # at least what the processor multiplies
+    mine, is_head = pl.ds(0, heads), jnp.arange(heads) < G
+    queries = triton.load(q.at[mine, :], mask=is_head[:, None], other=0.0)
     oldest = lax.rem(column - age + S, S)
-    count = jnp.minimum(pl.cdiv(lax.rem(oldest, tile.k) + age + 1, tile.k), S // tile.k)
+    count = jnp.minimum(pl.cdiv(lax.rem(oldest, size) + age + 1, size), S // size)
 
     def add(n, sums):
-        j = lax.rem(lax.div(oldest, tile.k) + n, S // tile.k)
-        at = pl.ds(j * tile.k, tile.k)
-        seen = lax.rem(column - (j * tile.k + jnp.arange(tile.k)) + S, S) <= age
+        j = lax.rem(lax.div(oldest, size) + n, S // size)
+        at = pl.ds(j * size, size)
+        seen = lax.rem(column - (j * size + jnp.arange(size)) + S, S) <= age
         logits = jnp.where(seen[None, :], _dot(queries, keys[at, :], trans_b=True) * _scale(q), LOW)
         return _add(sums, logits, values[at, :])
 
     top, total, mixed = lax.fori_loop(0, count, add, _nothing(queries))
-    triton.store(out.at[pl.ds(0, tile.q), :], mixed, mask=is_head[:, None])
-    triton.store(top_out.at[pl.ds(0, tile.q)], top / math.log2(math.e), mask=is_head)
-    triton.store(total_out.at[pl.ds(0, tile.q)], total, mask=is_head)
+    triton.store(out.at[mine, :], mixed, mask=is_head[:, None])
+    triton.store(top_out.at[mine], top * math.log(2), mask=is_head)
+    triton.store(total_out.at[mine], total, mask=is_head)
 
 
 def _nothing(queries) -> tuple:
@@ -191,9 +177,9 @@ def _add(sums: tuple, logits, values) -> tuple:
     return new, total * shrunk + weights.sum(1), mixed * shrunk[:, None] + _dot(weights.astype(values.dtype), values)
 
 
-def _seen(i, j, until, tile: Tile, keys_down: bool = False):
-    """Which of a block of keys each of a block of queries sees [q k], or [k q]."""
-    t, s = i * tile.q + jnp.arange(tile.q), j * tile.k + jnp.arange(tile.k)
+def _seen(i, j, until, size: int, keys_down: bool = False):
+    """Which of block j of keys each of block i of queries sees: queries down and keys across, or the other way."""
+    t, s = i * size + jnp.arange(size), j * size + jnp.arange(size)
     t, s, until = (t[None, :], s[:, None], until[:, None]) if keys_down else (t[:, None], s[None, :], until[None, :])
     return (s <= t) & (t < until)
 
@@ -209,15 +195,16 @@ def _dot(a, b, **settings):
 # --- how they are called: on a grid of (blocks, heads, rows) -------------------------------------------
 
 
-def _tile(kernel: str, q) -> Tile:
-    return TILES[kernel] if q.dtype.itemsize == 2 and q.shape[-1] <= 128 else SMALL
+def _size(q) -> int:
+    return BLOCK if q.dtype.itemsize == 2 and q.shape[-1] <= 128 else SMALL
 
 
-def _call(kernel, tile: Tile, grid, in_specs, out_specs, out_shape):
+def _call(kernel, size: int, grid, in_specs, out_specs, out_shape):
+    name = kernel.__name__.removeprefix("_")
     return pl.pallas_call(
-        partial(kernel, tile=tile), grid=grid, in_specs=in_specs, out_specs=out_specs, out_shape=out_shape,
-        interpret=mesh.platform() == "cpu", name=kernel.__name__.strip("_"),
-        compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages))
+        partial(kernel, size=size), grid=grid, in_specs=in_specs, out_specs=out_specs, out_shape=out_shape, name=name,
+        interpret=mesh.platform() == "cpu",
+        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES[name]))
 
 
 def _block(size: int, H: int) -> pl.BlockSpec:
@@ -237,3 +224,7 @@ def _line(size: int) -> pl.BlockSpec:
 
 def _row(size: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, size), lambda i, h, r: (r, 0))
+
+
+def _like(x) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)

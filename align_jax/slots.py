@@ -160,7 +160,7 @@ def decode(cfg: ModelConfig, params: Params, prefix: list, state: dict, table: d
                             out_sharding=spec("vocab", "rows"))
         token, logp = _choose(jax.sharding.reshard(logits, spec(None, "rows")), uniforms[i],
                               temperature=temperature, top_p=top_p)
-        see = _of_ring(at, jnp.minimum(age + i, size - 1), size)
+        see = _of_ring(cfg.H, size, at, jnp.minimum(age + i, size - 1))
         attends = [partial(write, before=before, caches=caches, at=at, see=see)
                    for before, caches in zip(prefix, s["caches"], strict=True)]
         x, caches = _run(cfg, params, token[:, None], (table["offset"] + age + i)[:, None], attends)
@@ -291,9 +291,9 @@ def _softmax(q, keys_values, mask, layout) -> tuple:
     return mixed, top, jnp.sum(weights, axis=-1)
 
 
-def _of_ring(at, age, size: int):
-    """The `_softmax` over the columns of a ring that end with `at`, age + 1 of them."""
-    if mesh.platform() == "gpu":
+def _of_ring(H: int, size: int, at, age):
+    """The `_softmax` over the columns of a ring that end with `at`, age + 1 of them for every row."""
+    if mesh.platform() == "gpu" and H in flash.HEADS:
         return partial(_on_gpu, at=at, age=age)
     mask = ((at - jnp.arange(size)) % size <= age[:, None])[:, None, None, None]
     return partial(_softmax, mask=mask, layout=_layout())
