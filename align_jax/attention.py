@@ -23,25 +23,27 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Bool, Int
 
 from align_jax import flash, mesh
+from align_jax.flash import LOW
 from align_jax.mesh import spec
 
 SAVED = "mixed"  # the name, for remat policies, of what the backward pass wants kept: the output and [R N T]
 SHORT = 128  # rows up to here are attended at once by "xla": quicker to compile, and small
 BLOCK = 64  # queries, and keys, at a time in longer ones: on short examples a third less work than 128
 TPU_BLOCK, LANES = 512, 128  # the same of "splash": at most, and what it must be a multiple of
-LOW = -1e30  # a logit that nothing sees; finite, so that a block without a visible key stays a number
 
 
 def make(segments: Int[Array, "R T"], branches: Int[Array, "R T"], impl: str = "auto") -> Callable:
     """Return attend(q [R T N H], k [R T K H], v [R T K H]) -> [R T N H] for these rows, made once for all layers.
 
     Logits and softmax are fp32. `impl` is a name of KERNELS or "auto", which goes by the platform of the mesh.
-    Any T is taken. What a GPU's kernel does not have ("triton": H not in flash.HEADS; "cudnn": fp32, H above 128
-    or not a multiple of 8, odd T) is computed without it, with logits in memory.
+    Any T is taken. Heads that "triton" does not have (flash.has_kernels) are cuDNN's; what that does not have (fp32,
+    H above 128 or not a multiple of 8, odd T) is computed with logits in memory.
     """
     impl = BY_PLATFORM[mesh.platform()] if impl == "auto" else impl
     if impl not in KERNELS:
         raise ValueError(f"attention: got {impl!r}, available are 'auto', {', '.join(map(repr, KERNELS))}")
+    if mesh.platform() not in ("cpu", ONLY_ON.get(impl, mesh.platform())):  # a CPU interprets them
+        raise ValueError(f"attention: {impl!r} is for a {ONLY_ON[impl]}, got a {mesh.platform()}; 'auto' is for all")
     prepare, attend = KERNELS[impl]
     rows, heads = spec("rows"), spec("rows", None, "heads", None)
     segments, branches = (jax.sharding.reshard(x, spec("rows", None)) for x in (segments, branches))
@@ -107,8 +109,8 @@ def _triton_prepare(until) -> dict:
 
 def _triton(rows, q, k, v):
     T, H = q.shape[1], q.shape[3]
-    if H not in flash.HEADS:
-        return _dense(_visible(rows["until"])[:, :T, :T], q, k, v)
+    if not flash.has_kernels(H, q.dtype):
+        return _cudnn(_visible(rows["until"])[:, :T, :T], q, k, v)
     return _flash((flash.forward, flash.backward), rows, *(_pad(x, flash.BLOCK) for x in (q, k, v)))[:, :T]
 
 
@@ -257,4 +259,5 @@ def _add_at(x, j, y):
 
 KERNELS = {"xla": (_xla_prepare, _xla), "splash": (_splash_prepare, _splash), "triton": (_triton_prepare, _triton),
            "cudnn": (_visible, _cudnn)}
+ONLY_ON = {"splash": "tpu", "triton": "gpu", "cudnn": "gpu"}
 BY_PLATFORM = {"cpu": "xla", "gpu": "triton", "tpu": "splash"}

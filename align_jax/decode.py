@@ -237,7 +237,7 @@ def _fill(running: list[_Slot | None], waiting: Iterator) -> list[tuple[int, dic
 
 
 def _fit(state: dict, column: int, needed: int, most: int) -> tuple[dict, int]:
-    """Let the ring have the columns that are needed, and not many more: all of them are read in every step."""
+    """Let the ring have the columns that are needed, and not many more: but on a GPU every step reads all of them."""
     ring, fitting = slots.columns(state), _columns(needed, most)
     if needed <= ring < 2 * fitting:
         return state, column % ring
@@ -246,7 +246,7 @@ def _fit(state: dict, column: int, needed: int, most: int) -> tuple[dict, int]:
 
 
 def _columns(needed: int, most: int) -> int:
-    """The size of a ring, 128, 256, 384, 512, 768, ...: for each there is a compilation, and a step reads all of it."""
+    """The size of a ring, 128, 256, 384, 512, 768, ...: for each there is a compilation."""
     return min(_up(_padded(needed), 128), most)
 
 

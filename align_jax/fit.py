@@ -230,7 +230,7 @@ def measure(c: Mapping, name: str, tell: Callable[[str], None] = lambda line: No
     made = mesh.make(**c["mesh"], devices=devices)
     with jax.set_mesh(made):
         began = time.perf_counter()
-        lowered, parts = lower(c, cfg)
+        lowered, parts = lower(c if chip.clock else c | {"compute": c["compute"] | {"attention": "auto"}}, cfg)
         compiler = "as many TPU v5p chips, an estimate for " if chip in GPUS.values() else ""
         tell(f"{c['start']}, {c['objective']['name']}: compiling the step for {compiler}{name}")
         total, host, hlo = _compile(lowered)

@@ -1,4 +1,4 @@
-"""Flash attention on a GPU, written in Pallas and compiled by Triton: blocks that nobody sees are not touched.
+"""Flash attention on a GPU, written in Pallas and compiled by Triton: blocks outside of a segment are not touched.
 
 FlashAttention-2 (arXiv:2307.08691) under the mask of FlashMask (arXiv:2410.01359): the query at t sees the key at s iff
 s <= t < until[s]. Logits are in base 2. A gradient is two kernels, which compute the weights again: one goes over the
@@ -20,14 +20,20 @@ from jaxtyping import Array, Float, Int
 
 from align_jax import mesh
 
-HEADS = 16, 32, 64, 128, 256  # sizes H that there are kernels for
+HEADS = 16, 32, 64, 128, 256  # sizes H that there are kernels for, of at most HEAD_BYTES
+HEAD_BYTES = 512
 BLOCK = 64  # queries, and keys, at a time: the best of those tried on an H200, and not too many for an L4
 SMALL = 32  # of them, in fp32 and with heads above 128
 RING_BLOCKS = 64, 32, 16  # columns of a ring at a time: the first that divides it, in at most RING_BYTES of keys
 RING_BYTES = 2**14
 WARPS = 4
-STAGES = {"forward": 3, "d_queries": 2, "d_keys": 2, "of_ring": 2}  # blocks that are on their way at once
+STAGES = {"forward": 3, "d_queries": 2, "d_keys": 2, "of_ring": 2}  # blocks that are on their way at once; of SMALL 1
 LOW = -1e30  # a logit that nothing sees; finite, so that a block without a visible key stays a number
+
+
+def has_kernels(H: int, dtype) -> bool:
+    """Whether there are kernels for these heads, which fit the memory of a core."""
+    return H in HEADS and H * jnp.dtype(dtype).itemsize <= HEAD_BYTES
 
 
 def prepare(until: Int[Array, "R T"]) -> dict:
@@ -40,11 +46,11 @@ def ends(until: Int[Array, "R T"], size: int) -> tuple:
     R, T = until.shape
     most = until.reshape(R, T // size, size).max(-1)
     first = jnp.argmax(most[:, None, :] > jnp.arange(0, T, size)[:, None], axis=-1)
-    return first.astype(jnp.int32), (most + size - 1) // size
+    return first.astype(jnp.int32), jnp.minimum((most + size - 1) // size, T // size)  # padding's are never beyond T
 
 
 def forward(rows: dict, q: Float[Array, "R T N H"], k: Float[Array, "R T K H"], v: Float[Array, "R T K H"]) -> tuple:
-    """The output [R T N H], and the log, to base 2, of each softmax's sum [R N T]; H is one of HEADS."""
+    """The output [R T N H], and the log, to base 2, of each softmax's sum [R N T]; for heads that `has_kernels`."""
     R, T, N, H = q.shape
     size = _size(q)
     mine, theirs = _block(size, H), _whole(T, H, N // k.shape[2])
@@ -201,10 +207,11 @@ def _size(q) -> int:
 
 def _call(kernel, size: int, grid, in_specs, out_specs, out_shape):
     name = kernel.__name__.removeprefix("_")
+    stages = 1 if size == SMALL and kernel is not _of_ring else STAGES[name]
     return pl.pallas_call(
         partial(kernel, size=size), grid=grid, in_specs=in_specs, out_specs=out_specs, out_shape=out_shape, name=name,
         interpret=mesh.platform() == "cpu",
-        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES[name]))
+        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=stages))
 
 
 def _block(size: int, H: int) -> pl.BlockSpec:

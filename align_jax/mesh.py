@@ -68,18 +68,41 @@ def sharding(*axes: str | None) -> NamedSharding:
     return NamedSharding(jax.sharding.get_mesh(), spec(*axes))
 
 
+# Within a shard_map, over what of the mesh is split: XLA copies what a collective over one device is given, on CPUs
+# through another layout and back.
+
+
 def whole(x):
-    """Within a shard_map: an array [V D], or a part of its V, with all of D; only what is split is gathered."""
-    # XLA copies what a collective over one device is given, on CPUs through another layout and back.
+    """An array [V D], or a part of its V, with all of D."""
     return jax.lax.all_gather(x, RULES["embed"], axis=1, tiled=True) if _is_split(RULES["embed"]) else x
 
 
+def sum_over(axis: str, x):
+    """Add up what the devices along a mesh axis have."""
+    return jax.lax.psum(x, axis) if _is_split(axis) else x
+
+
 def sum_over_rows(x):
-    """Within a shard_map: add up what all devices with rows have of an array [V D], each keeping its part of D."""
-    for axis in filter(_is_split, reversed(RULES["rows"])):  # fsdp first, which leaves less for data
-        scatter = axis == RULES["embed"]
-        x = jax.lax.psum_scatter(x, axis, scatter_dimension=1, tiled=True) if scatter else jax.lax.psum(x, axis)
-    return x
+    """Add up what all devices with rows have of an array [V D], each keeping its part of D."""
+    if _is_split(RULES["embed"]):  # first, which leaves less for data
+        x = jax.lax.psum_scatter(x, RULES["embed"], scatter_dimension=1, tiled=True)
+    return sum_over("data", x)
+
+
+def with_embed_split(x):
+    """From own rows [R T D] to the rows of all who share the weights' D, and the own part of it; of [R T] all rows."""
+    if not _is_split(RULES["embed"]):
+        return x
+    if x.ndim == 2:
+        return jax.lax.all_gather(x, RULES["embed"], axis=0, tiled=True)
+    return jax.lax.all_to_all(x, RULES["embed"], split_axis=2, concat_axis=0, tiled=True)
+
+
+def with_rows_split(x):
+    """From the rows of all who share the weights' D, and the own part of it, to own rows [R T D]."""
+    if not _is_split(RULES["embed"]):
+        return x
+    return jax.lax.all_to_all(x, RULES["embed"], split_axis=0, concat_axis=2, tiled=True)
 
 
 def _is_split(axis: str) -> bool:

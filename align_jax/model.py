@@ -181,8 +181,8 @@ def hidden(cfg: ModelConfig, params: Params, tokens: Int[Array, "R T"], position
            unroll: bool = False) -> Float[Array, "R T D"]:
     """Run packed rows; `attend(q [R T N H], k [R T K H], v) -> [R T N H]` says which token sees which.
 
-    `unroll` makes no loop of the layers: what the backward pass needs of each is not copied into an array of all, and
-    of "dots" XLA computes again only what it would rather.
+    `unroll` makes no loop of the layers: what the backward pass needs of each is not copied into an array of all. It is
+    for remat "none": with the others XLA may keep more than they say.
     """
     if remat not in REMAT:
         raise ValueError(f"remat: got {remat!r}, available are {sorted(REMAT)}")
@@ -193,7 +193,7 @@ def hidden(cfg: ModelConfig, params: Params, tokens: Int[Array, "R T"], position
         return _layer(cfg, weights)(x, rotate, lambda q, k, v: (attend(q, k, v), None), cfg.norm_eps)
 
     if remat != "none":
-        layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=unroll and remat != "dots")
+        layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=unroll)
     x, _ = jax.lax.scan(layer, embed(params, tokens, dtype), params["layers"], unroll=unroll)
     return rms_norm(x, params["final_norm"], cfg.norm_eps)
 
@@ -205,9 +205,15 @@ def embed(params: Params, tokens: Int[Array, "R T"], dtype) -> Float[Array, "R T
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _lookup(table, tokens, dtype):
-    # Gather the table over fsdp first: a lookup in a table split over D would reshard the activations.
-    table = jax.sharding.reshard(table.astype(dtype), spec("vocab", None))
-    return table.at[tokens].get(out_sharding=spec("rows", None, None))
+    # Tokens are fewer than V: a device takes its part of D for the rows of all and they exchange; no table is gathered.
+    return jax.shard_map(partial(_take, dtype=dtype), in_specs=(spec("vocab", "embed"), spec("rows", None)),
+                         out_specs=spec("rows", None, None), check_vma=False)(table, tokens)
+
+
+def _take(table, tokens, *, dtype):
+    at, is_here = _places(table, tokens)
+    x = jnp.where(is_here[..., None], table.at[at].get(mode="clip").astype(dtype), 0)
+    return mesh.with_rows_split(mesh.sum_over(mesh.RULES["vocab"], x))
 
 
 def _lookup_backward(dtype, kept, g):
@@ -217,12 +223,17 @@ def _lookup_backward(dtype, kept, g):
 
 def _add_up(table, tokens, g):
     """The gradient of this device's part of the table, summed in fp32: in bf16 a frequent token's stops growing."""
-    size = table.shape[0]
-    at = tokens.reshape(-1) - jax.lax.axis_index(mesh.RULES["vocab"]) * size
-    at = jnp.where((at >= 0) & (at < size), at, size)  # beyond the end, and so dropped: another device's
-    sums = jnp.zeros((size, g.shape[-1]), jnp.float32).at[at].add(
-        g.reshape(-1, g.shape[-1]).astype(jnp.float32), mode="drop")
-    return mesh.sum_over_rows(sums).astype(table.dtype)
+    at, is_here = _places(table, tokens)
+    at = jnp.where(is_here, at, len(table))  # beyond the end, and so dropped
+    g = mesh.with_embed_split(g).astype(jnp.float32)
+    sums = jnp.zeros(table.shape, jnp.float32).at[at].add(g, mode="drop")
+    return mesh.sum_over("data", sums).astype(table.dtype)
+
+
+def _places(table, tokens):
+    """Where the rows' tokens stand in this device's part of V, and which do; the rows of all that have a part of D."""
+    at = mesh.with_embed_split(tokens) - jax.lax.axis_index(mesh.RULES["vocab"]) * len(table)
+    return at, (at >= 0) & (at < len(table))
 
 
 _lookup.defvjp(lambda table, tokens, dtype: (_lookup(table, tokens, dtype), (table, tokens)), _lookup_backward)

@@ -160,7 +160,7 @@ def decode(cfg: ModelConfig, params: Params, prefix: list, state: dict, table: d
                             out_sharding=spec("vocab", "rows"))
         token, logp = _choose(jax.sharding.reshard(logits, spec(None, "rows")), uniforms[i],
                               temperature=temperature, top_p=top_p)
-        see = _of_ring(cfg.H, size, at, jnp.minimum(age + i, size - 1))
+        see = _softmax_of_ring(cfg, size, at, jnp.minimum(age + i, size - 1))
         attends = [partial(write, before=before, caches=caches, at=at, see=see)
                    for before, caches in zip(prefix, s["caches"], strict=True)]
         x, caches = _run(cfg, params, token[:, None], (table["offset"] + age + i)[:, None], attends)
@@ -284,22 +284,22 @@ def _softmax(q, keys_values, mask, layout) -> tuple:
     """
     f32 = {"preferred_element_type": jnp.float32}
     logits = jnp.einsum(f"RKGTH,{layout[0]}->RKGTS", q, keys_values[0], **f32) * q.shape[-1]**-0.5
-    logits = jnp.where(mask, logits, -jnp.inf)
+    logits = jnp.where(mask, logits, flash.LOW)
     top = jnp.max(logits, axis=-1)
     weights = jnp.exp(logits - top[..., None])
     mixed = jnp.einsum(f"RKGTS,{layout[1]}->RKGTH", weights.astype(q.dtype), keys_values[1], **f32)
     return mixed, top, jnp.sum(weights, axis=-1)
 
 
-def _of_ring(H: int, size: int, at, age):
+def _softmax_of_ring(cfg: ModelConfig, size: int, at, age):
     """The `_softmax` over the columns of a ring that end with `at`, age + 1 of them for every row."""
-    if mesh.platform() == "gpu" and H in flash.HEADS:
-        return partial(_on_gpu, at=at, age=age)
+    if mesh.platform() == "gpu" and cfg.H in flash.HEADS:
+        return partial(_by_flash, at=at, age=age)
     mask = ((at - jnp.arange(size)) % size <= age[:, None])[:, None, None, None]
     return partial(_softmax, mask=mask, layout=_layout())
 
 
-def _on_gpu(q, keys_values, at, age):
+def _by_flash(q, keys_values, at, age):
     of_head = spec("rows", "heads", None, None)
     of_ring = jax.shard_map(flash.of_ring, in_specs=(of_head, of_head, of_head, spec(), spec("rows")),
                             out_specs=(of_head, *[spec("rows", "heads", None)] * 2), check_vma=False)

@@ -106,8 +106,19 @@ def test_xla_is_the_formula_on_every_mesh(any_mesh):
     assert_close(run("xla", *rows, *arrays(200)), dense(*rows, *arrays(200)), 2e-6)
 
 
-@pytest.mark.parametrize("impl", ["xla", "cudnn"])
-def test_short_rows_and_what_cudnn_lacks_are_the_formula_too(impl):
+@pytest.mark.parametrize("T", [1, 64, 300])
+def test_no_loop_of_a_kernel_goes_beyond_the_row(T):
+    """A CPU that interprets it would not notice; a GPU would read what lies behind."""
+    layout = batch(T) if T > 100 else [np.ones((1, T), np.int32)] * 2
+    rows = attention._triton_prepare(attention._until(*map(jnp.asarray, layout)))
+    for size, (first, end) in rows["ends"].items():
+        blocks = np.arange(rows["until"].shape[1] // size)
+        assert (first <= blocks).all() and (first >= 0).all() and (end > blocks).all() and (end <= len(blocks)).all()
+
+
+@pytest.mark.parametrize("impl", ["xla", "cudnn", "triton"])
+def test_short_rows_and_what_a_gpu_lacks_are_the_formula_too(impl, monkeypatch):
+    monkeypatch.setattr(flash, "HEADS", ())
     rows = batch(48)
     with on_mesh(2, 2, 2):
         assert_close(run(impl, *rows, *arrays(48)), dense(*rows, *arrays(48)), 2e-6)
@@ -227,13 +238,14 @@ def ring_is_the_formula(dtype: str, rtol: float):
             age = rng.integers(0, S, 16).astype(np.int32)
             age[:2] = 0, S - 1
             arrays = [put(x, dtype, "rows", "heads", None, None) for x in (q, keys, values)]
-            found = slots._on_gpu(arrays[0][:, :, :, None], arrays[1:], jnp.int32(column), put(age, "int32", "rows"))
+            found = slots._by_flash(arrays[0][:, :, :, None], arrays[1:], jnp.int32(column), put(age, "int32", "rows"))
             mixed, top, total = (np.asarray(x[:, :, :, 0], np.float64) for x in found)
             seen = (column - np.arange(S)) % S <= age[:, None]
             logits = np.where(seen[:, None, None], np.einsum("RKGH,RKSH->RKGS", q, keys) / 8, -np.inf)
             weights = np.exp(logits - logits.max(-1, keepdims=True))
             expected = np.einsum("RKGS,RKSH->RKGH", weights / weights.sum(-1, keepdims=True), values)
             assert np.abs(mixed / total[..., None] - expected).max() <= rtol * np.abs(expected).max()
+            assert np.abs(total / weights.sum(-1) - 1).max() <= 10 * rtol
             assert np.abs(top - logits.max(-1)).max() <= rtol * np.abs(logits[np.isfinite(logits)]).max()
 
 
@@ -246,10 +258,12 @@ import test_attention as t
 from align_jax import mesh
 import jax
 t.H = 64
-rows, inputs = t.batch(512), t.arrays(512)
+rows, inputs = t.batch(500), t.arrays(500)  # not whole blocks
 with jax.set_mesh(mesh.make(1, 1, 1, devices=jax.devices()[:1])):
+    t.assert_close(t.run("triton", *rows, *inputs), t.dense(*rows, *inputs), 1e-5)
     for impl in ("triton", "cudnn"):
         t.assert_close(t.run(impl, *rows, *inputs, dtype="bfloat16"), t.dense(*rows, *inputs), 2e-2)
+    t.ring_is_the_formula("float32", 1e-5)
     t.ring_is_the_formula("bfloat16", 2e-2)
 """
 

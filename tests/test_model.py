@@ -108,6 +108,12 @@ def test_remat_gives_the_same_gradient(remat, on_one_device, one_device):
     assert_close(logits_and_gradient(remat), on_one_device, 1e-6)
 
 
+def test_unrolled_layers_are_no_loop(one_device):
+    batch = rows(*np.ones((3, 1, 4)))
+    text = lambda **how: jax.jit(lambda p: run_rows(CFG, p, *batch, **how)).lower(model.init(CFG, 0)).as_text()
+    assert text().count("stablehlo.while") == text(unroll=True).count("stablehlo.while") + 1
+
+
 def test_remat_keeps_less(one_device):
     cfg = dataclasses.replace(CFG, L=8, D=64, F=256)
     params = model.init(cfg, 0)

@@ -125,16 +125,24 @@ def test_batch_and_chunk_change_no_sample(settings, expected, one_device):
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_what_a_gpu_runs_changes_no_sample(shape, expected, monkeypatch):
+def test_what_a_gpu_runs_changes_no_sample(shape, qwen, monkeypatch):
     """Interpreted: rings by flash.py, activations with their features last, several steps between two looks."""
-    monkeypatch.setattr(slots, "mesh", SimpleNamespace(platform=lambda: "gpu"))
-    jax.clear_caches()  # what was compiled is for a CPU, and the other way round
-    try:
+    def written(prompts):
+        jax.clear_caches()  # what was compiled for another platform
+        limits = {name: 5 + 9 * i for i, (name, _) in enumerate(prompts)}
         with on(*shape):
-            got = drawn(PROMPTS[:5], n=2, chunk=16)
+            return ids_of(drawn(prompts, who=sampler(qwen), n=2, batch_size=4, limits=limits, chunk=16))
+
+    prompts = [(name, prompt) for name, prompt in PROMPTS if isinstance(prompt, str)][:3]
+    alike = [(name, "x = 1\n" * 40 + prompt) for name, prompt in prompts]  # with a common start
+    expected, calls = [written(prompts), written(alike)], []
+    of_ring = slots.flash.of_ring
+    monkeypatch.setattr(slots, "mesh", SimpleNamespace(platform=lambda: "gpu"))
+    monkeypatch.setattr(slots.flash, "of_ring", lambda *args: calls.append(0) or of_ring(*args))
+    try:
+        assert [written(prompts), written(alike)] == expected and calls
     finally:
         jax.clear_caches()
-    assert ids_of(got) == {name: ids_of(expected)[name][:2] for name in got}
 
 
 def test_the_mesh_changes_no_sample(expected, any_mesh):

@@ -12,8 +12,9 @@ an ENV is a virtual environment with that peer. A peer without an interpreter is
 interleaved, A B C A B C, and the ratios are those of medians, for the machine's speed drifts. Real tokens are those of
 prompt and completion of both sides of a pair, padding not counted, whatever a contender computes.
 
-The accelerator cases need a GPU or TPU with room for the shape (1.3B: 24 GB, 7B: 120 GB for full training; with
---rank=16 5 and 20 GB) and, for TRL, an environment with torch, trl, flash-attn and liger-kernel (and peft for --rank).
+The accelerator cases need a GPU or TPU with room for the shape (full training of 8 rows with remat dots: 1.3B 40 GB,
+7B 120 GB with mixed; with --rank=16 5 and 20 GB) and, for TRL, an environment with torch, trl and liger-kernel (and
+peft for --rank); --trl="--batch 16 --checkpointing" makes it smaller. A peer that fails is left out, and says why.
 They report MFU: FLOPs of the matrices and of attention under the diagonal, counted once, without those of remat, by the
 chip's dense bf16 peak. Decoding is measured by the bytes of the weights and of every slot's cache, its prompt included.
 """
@@ -47,6 +48,7 @@ _ROWS = flags.DEFINE_integer("rows", 8, "rows of 2,048 tokens a step, in the acc
 _UNROLL = flags.DEFINE_bool("unroll", False, "the layers, in the accelerator cases")
 _NEW = flags.DEFINE_integer("new", 256, "tokens of an answer, in accelerator_decode")
 _REMAT = flags.DEFINE_string("remat", "mixed", "in the accelerator cases")
+_TRL = flags.DEFINE_string("trl", "--batch 32", "arguments of bench_trl.py: as many pairs as the card has room for")
 _PEERS = flags.DEFINE_string("peers", "../shared/bench", "the folder of the peers' scripts")
 _PYTHON = flags.DEFINE_list("python", [], "PEER=INTERPRETER of its environment")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "runs of every contender")
@@ -67,7 +69,7 @@ PEERS = {  # case -> what is compared, and the peers: (environment, script, argu
     "overhead": ("device_share", {}),
     "accelerator_sft": ("real_tokens_per_s", {}),
     "accelerator_dpo": ("real_tokens_per_s", {
-        "TRL": ("trl", HERE / "bench_trl.py", "{shape} --rank {rank} --batch 32")}),
+        "TRL": ("trl", HERE / "bench_trl.py", "{shape} --rank {rank} {trl}")}),
     "accelerator_decode": ("share_of_bandwidth", {}),
     "accelerator_overhead": ("device_share", {}),
 }
@@ -276,7 +278,7 @@ def contenders(case: str) -> tuple[dict[str, list[str]], dict[str, str]]:
         elif not path.is_file():
             absent[name] = f"{path} is not there"
         else:
-            arguments = arguments.format(shape=shape_file(), rank=_RANK.value)
+            arguments = arguments.format(shape=shape_file(), rank=_RANK.value, trl=_TRL.value)
             commands[name] = [interpreters[peer], str(path), _MODEL.value, *arguments.split()]
     return commands, absent
 
@@ -292,23 +294,29 @@ def run(command: list[str]) -> dict:
     """Run a contender in a process of its own; the last line that it prints is its JSON."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def compare(case: str) -> dict:
-    """Measure a case in rounds; return all that was measured, medians, and our ratio to every peer."""
+    """Measure a case in rounds; return it all, medians, and our ratio to every peer that did not fail."""
     commands, absent = contenders(case)
     found = {name: [] for name in commands}
     for name in log.progress([*commands] * _ROUNDS.value, what=case, unit="run"):
-        found[name].append(run(commands[name]))
+        try:
+            found[name].append(run(commands[name]))
+        except RuntimeError as error:
+            absent[name] = str(error)
+    if "align_jax" in absent:
+        raise SystemExit(f"error: {absent['align_jax']}")
+    found = {name: runs for name, runs in found.items() if name not in absent}
     measure = PEERS[case][0]
     if case == "spread" and "transformers" in found:
         for one in found["transformers"]:  # which computes batches to their end
             one |= {"computed_tokens_per_s": one[measure], measure: one[measure] * spread_of_batches()}
     medians = {name: statistics.median(one[measure] for one in runs) for name, runs in found.items()}
-    memory = {name: max(one.get("peak_rss_gib") or one["peak_gib"] for one in runs) for name, runs in found.items()}
-    return {"measure": measure, "medians": medians, "peak_rss_gib": memory, "absent": absent, "runs": found,
+    memory = {name: max(one.get("peak_gib") or one["peak_rss_gib"] for one in runs) for name, runs in found.items()}
+    return {"measure": measure, "medians": medians, "peak_gib": memory, "absent": absent, "runs": found,
             "ratios": {name: medians["align_jax"] / median for name, median in medians.items() if name != "align_jax"}}
 
 
@@ -325,20 +333,22 @@ def main(argv) -> None:
                          "checkpoint and pairs.jsonl")
     if _WORKER.value:
         found = globals()[_WORKER.value]()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(json.dumps({"device": jax.devices()[0].device_kind, "peak_rss_gib": round(peak, 2)} | found))
+        peak, device = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, jax.devices()[0]
+        of_device = (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30  # a CPU does not say
+        print(json.dumps({"device": device.device_kind, "peak_rss_gib": round(peak, 2),
+                          "peak_gib": round(of_device, 2)} | found))
         return
     unknown = set(_CASES.value) - set(PEERS)
     if unknown:
         raise SystemExit(f"error: --cases: got {sorted(unknown)}, available are {', '.join(PEERS)}")
     jax.config.update("jax_platforms", "cpu")  # the devices are the contenders'
-    results = {"versions": log.versions(), "cores": os.cpu_count()}
+    results = {"versions": log.versions() | {"device": "each run's own"}, "cores": os.cpu_count()}
     for case in _CASES.value:
         results[case] = result = compare(case)
         for name, median in result["medians"].items():
             ratio = f"  {result['ratios'][name]:6.2f} times" if name in result["ratios"] else ""
             print(f"{case:18} {name:28} {median:10,.3f} {result['measure']}  "
-                  f"{result['peak_rss_gib'][name]:6.2f} GiB{ratio}")
+                  f"{result['peak_gib'][name]:6.2f} GiB{ratio}")
         for name, why in result["absent"].items():
             print(f"{case:18} {name:28} left out: {why}")
         if _OUT.value:
