@@ -24,6 +24,7 @@ import itertools
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -42,12 +43,12 @@ from align_jax.step import Compute, TrainState, make_scorer, make_step, objectiv
 
 _CASES = flags.DEFINE_list("cases", ["dpo", "generate", "spread"], "which of the cases")
 _MODEL = flags.DEFINE_string("model", None, "a checkpoint with pairs.jsonl in it", required=True)
-_SHAPE = flags.DEFINE_string("shape", "deepseek-coder-1.3b", "of the accelerator cases: one of fit.SHAPES")
-_RANK = flags.DEFINE_integer("rank", 0, "of LoRA, in the accelerator cases; 0: full training")
-_ROWS = flags.DEFINE_integer("rows", 8, "rows of 2,048 tokens a step, in the accelerator cases")
+_SHAPE = flags.DEFINE_enum("shape", "deepseek-coder-1.3b", [*fit.SHAPES], "of the model, in the accelerator cases")
+_RANK = flags.DEFINE_integer("rank", 0, "of LoRA, in the accelerator cases; 0: full training", lower_bound=0)
+_ROWS = flags.DEFINE_integer("rows", 8, "rows of 2,048 tokens a step, in the accelerator cases", lower_bound=1)
 _UNROLL = flags.DEFINE_bool("unroll", False, "the layers, in the accelerator cases")
-_NEW = flags.DEFINE_integer("new", 256, "tokens of an answer, in accelerator_decode")
-_REMAT = flags.DEFINE_string("remat", "mixed", "in the accelerator cases")
+_NEW = flags.DEFINE_integer("new", 256, "tokens of an answer, in accelerator_decode", lower_bound=1)
+_REMAT = flags.DEFINE_enum("remat", "mixed", [*model.REMAT], "in the accelerator cases")
 _TRL = flags.DEFINE_string("trl", "--batch 32", "arguments of bench_trl.py: as many pairs as the card has room for")
 _PEERS = flags.DEFINE_string("peers", "../shared/bench", "the folder of the peers' scripts")
 _PYTHON = flags.DEFINE_list("python", [], "PEER=INTERPRETER of its environment")
@@ -176,16 +177,18 @@ def _compute() -> Compute:
 
 
 def _random():
+    if jax.default_backend() == "cpu":
+        raise SystemExit("error: the accelerator cases need a GPU or TPU, got a CPU; the others are for one")
     cfg, dtype = fit.SHAPES[_SHAPE.value], "bfloat16" if _RANK.value else "float32"
     return cfg, jax.tree.map(lambda x: x.astype(dtype), model.init(cfg, 0))
 
 
 def accelerator_decode() -> dict:
     """128 sequences of --new tokens from 16 prompts: bytes that a step must read, by what the memory can give."""
-    cfg = fit.SHAPES[_SHAPE.value]
     texts = [r["prompt"] for r in records.rows(Path(_MODEL.value) / "pairs.jsonl")][:16]
     with jax.set_mesh(mesh.make(data=-1, fsdp=1)):
-        params = jax.tree.map(lambda x: x.astype("bfloat16"), model.init(cfg, 0))
+        cfg, params = _random()
+        params = jax.tree.map(lambda x: x.astype("bfloat16"), params)
         sampler = decode.Sampler.of(cfg, params, text.load(_MODEL.value), (-1,), batch_size=128)
         for _ in range(2):
             list(sampler.generate([(str(i), t) for i, t in enumerate(texts)], n=8, max_tokens=_NEW.value))
@@ -270,7 +273,7 @@ def contenders(case: str) -> tuple[dict[str, list[str]], dict[str, str]]:
     ours = [f"--{name}={flags.FLAGS[name].value}" for name in
             ("model", "shape", "rank", "rows", "remat", "unroll", "new")]
     commands, absent = {"align_jax": [sys.executable, __file__, f"--worker={case}", *ours]}, {}
-    interpreters = dict(item.split("=", 1) for item in _PYTHON.value)
+    interpreters = dict(item.split("=", 1) for item in _PYTHON.value)  # main has looked at them
     for name, (peer, script, arguments) in PEERS[case][1].items():
         path = Path(_PEERS.value) / script
         if peer not in interpreters:
@@ -301,12 +304,15 @@ def run(command: list[str]) -> dict:
 def compare(case: str) -> dict:
     """Measure a case in rounds; return it all, medians, and our ratio to every peer that did not fail."""
     commands, absent = contenders(case)
+    for name, why in absent.items():
+        print(f"{case:18} {name:28} left out: {why}", flush=True)
     found = {name: [] for name in commands}
     for name in log.progress([*commands] * _ROUNDS.value, what=case, unit="run"):
         try:
             found[name].append(run(commands[name]))
         except RuntimeError as error:
             absent[name] = str(error)
+            print(f"{case:18} {name:28} left out: {error}", flush=True)
     if "align_jax" in absent:
         raise SystemExit(f"error: {absent['align_jax']}")
     found = {name: runs for name, runs in found.items() if name not in absent}
@@ -341,6 +347,13 @@ def main(argv) -> None:
     unknown = set(_CASES.value) - set(PEERS)
     if unknown:
         raise SystemExit(f"error: --cases: got {sorted(unknown)}, available are {', '.join(PEERS)}")
+    known = {peer for _, peers in PEERS.values() for peer, *_ in peers.values()}
+    wrong = [item for item in _PYTHON.value
+             if item.split("=", 1)[0] not in known or not os.access(item.partition("=")[2], os.X_OK)]
+    if wrong:
+        raise SystemExit(f"error: --python: got {', '.join(wrong)}, expected PEER=INTERPRETER, an interpreter that is "
+                         f"there and one of {', '.join(sorted(known))}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # subprocess.run ends the contender then
     jax.config.update("jax_platforms", "cpu")  # the devices are the contenders'
     results = {"versions": log.versions() | {"device": "each run's own"}, "cores": os.cpu_count()}
     for case in _CASES.value:
@@ -349,8 +362,6 @@ def main(argv) -> None:
             ratio = f"  {result['ratios'][name]:6.2f} times" if name in result["ratios"] else ""
             print(f"{case:18} {name:28} {median:10,.3f} {result['measure']}  "
                   f"{result['peak_gib'][name]:6.2f} GiB{ratio}")
-        for name, why in result["absent"].items():
-            print(f"{case:18} {name:28} left out: {why}")
         if _OUT.value:
             log.write_json(Path(_OUT.value), results)
 
