@@ -104,7 +104,7 @@ _flash.defvjp(_flash_forward, _flash_backward)
 
 
 def _triton_prepare(until) -> dict:
-    return flash.prepare(_pad(until, flash.BLOCK, until.shape[1] + flash.BLOCK))
+    return flash.prepare(_pad_until(until, flash.BLOCK))
 
 
 def _triton(rows, q, k, v):
@@ -129,7 +129,7 @@ def _splash_prepare(until):
     kernel = partial(splash.make_splash_mha, block_sizes=splash.BlockSizes(**dict.fromkeys(sizes, block)),
                      head_shards=1, q_seq_shards=1, residual_checkpoint_name=SAVED, interpret=mesh.platform() == "cpu")
     # One mask for all heads of a row.
-    return jax.vmap(lambda mask: kernel(mask[None]))(_visible(_pad(until, block, until.shape[1] + block)))
+    return jax.vmap(lambda mask: kernel(mask[None]))(_visible(_pad_until(until, block)))
 
 
 def _splash(kernels, q, k, v):
@@ -153,7 +153,7 @@ def _splash_row(kernel, q, k, v):
 def _xla_prepare(until) -> dict:
     if until.shape[1] <= SHORT:
         return {"mask": _visible(until)}
-    until = _pad(until, BLOCK, until.shape[1] + BLOCK)
+    until = _pad_until(until, BLOCK)
     return {"until": until, "first": flash.ends(until, BLOCK)[0]}
 
 
@@ -235,6 +235,11 @@ def _seen(row, i, j) -> Bool[Array, "T S"]:
 def _pad(x, to: int, value=0):
     """Fill axis 1 to a multiple."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % to), *[(0, 0)] * (x.ndim - 2)], constant_values=value)
+
+
+def _pad_until(until, block: int):
+    """Keys that fill a row up are seen to its new end, by queries that do so too."""
+    return _pad(until, block, until.shape[1] + block)
 
 
 def _query_blocks(x, K: int):

@@ -237,7 +237,7 @@ def _fill(running: list[_Slot | None], waiting: Iterator) -> list[tuple[int, dic
 
 
 def _fit(state: dict, column: int, needed: int, most: int) -> tuple[dict, int]:
-    """Let the ring have the columns that are needed, and not many more: but on a GPU every step reads all of them."""
+    """Let the ring have the columns that are needed, and few more: except on a GPU, every step reads all of them."""
     ring, fitting = slots.columns(state), _columns(needed, most)
     if needed <= ring < 2 * fitting:
         return state, column % ring
