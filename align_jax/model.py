@@ -232,7 +232,7 @@ def _add_up(table, tokens, g):
 
 def _places(table, tokens):
     """Where the rows' tokens stand in this device's part of V, and which do; the rows of all that have a part of D."""
-    at = mesh.with_embed_split(tokens) - jax.lax.axis_index(mesh.RULES["vocab"]) * len(table)
+    at = mesh.whole(tokens, axis=0) - jax.lax.axis_index(mesh.RULES["vocab"]) * len(table)
     return at, (at >= 0) & (at < len(table))
 
 

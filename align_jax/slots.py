@@ -312,22 +312,28 @@ def _by_flash(q, keys_values, at, age):
 def _choose(logits, uniform, *, temperature: float, top_p: float) -> tuple:
     """Pick a token of each column [V M] by inverting its distribution at `uniform` [2 M]; its log-prob at T = 1 too.
 
-    In two steps, a block of tokens and a token of the block, so that no running sum goes over the vocabulary.
+    In two steps, a block of tokens and a token of the block, so that no running sum goes over the vocabulary. Masses
+    are made again wherever they are summed, which is faster than to read them.
     """
     V, M = logits.shape
     top = jnp.max(logits, axis=0)
-    mass = jnp.exp(logits - top)
-    total = jnp.log(jnp.sum(mass, axis=0))
+    total = jnp.log(jnp.sum(jnp.exp(logits - top), axis=0))
     if temperature == 0:
         token = jnp.argmax(logits, axis=0)
     else:
-        mass = mass if temperature == 1 else jnp.exp((logits - top) / temperature)
-        mass = _nucleus(mass, top_p) if top_p < 1 else mass
+        def mass(logits):
+            return jnp.exp((logits - top) / temperature)
+
+        def kept(logits):
+            return jnp.where(logits >= least, mass(logits), 0.0)
+
+        least = _nucleus(logits, mass(logits), top_p) if top_p < 1 else -jnp.inf
+
         size = max(size for size in range(1, math.isqrt(V) + 1) if V % size == 0)
-        mass = mass.reshape(V // size, size, M)
-        block = _invert(jnp.sum(mass, axis=1), uniform[0])
-        within = jnp.take_along_axis(mass, block[None, None], axis=0)[0]
-        token = block * size + _invert(within, uniform[1])
+        blocks = logits.reshape(V // size, size, M)
+        block = _invert(jnp.sum(kept(blocks), axis=1), uniform[0])
+        within = jnp.take_along_axis(blocks, block[None, None], axis=0)[0]
+        token = block * size + _invert(kept(within), uniform[1])
     logp = jnp.take_along_axis(logits, token[None], axis=0)[0] - top - total
     return token.astype(jnp.int32), logp
 
@@ -338,8 +344,8 @@ def _invert(mass, uniform):
     return jnp.argmax(sums > uniform * jnp.max(sums, axis=0), axis=0)
 
 
-def _nucleus(mass, top_p: float):
-    """Keep the smallest set of most probable tokens that holds top_p of the mass [V M] in (0, 1].
+def _nucleus(logits, mass, top_p: float):
+    """The least logit in the smallest set of most probable tokens that holds top_p of the mass [V M] in (0, 1].
 
     By bisection over the bits of a float, which order as integers do: no sort, and ties stay together.
     """
@@ -355,4 +361,4 @@ def _nucleus(mass, top_p: float):
     zero = jnp.zeros_like(wanted, jnp.int32)
     one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32)
     low, _ = jax.lax.fori_loop(0, 30, halve, (zero, zero + one))
-    return jnp.where(mass >= as_float(low), mass, 0.0)
+    return jnp.min(jnp.where(mass >= as_float(low), logits, jnp.inf), axis=0)

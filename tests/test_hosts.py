@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from conftest import QUICK
 
 from align_jax import log, records
 
@@ -64,8 +65,8 @@ def start(*command: str, hosts: int, devices: int = 1) -> list[tuple[int, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "OMP_NUM_THREADS": "1",
-                        "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
+                        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if hosts > 1:
         env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(hosts)}
     running = [subprocess.Popen([sys.executable, *command], env=env | {"JAX_PROCESS_ID": str(host)}, cwd=ROOT,

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from conftest import QUICK
 
 from align_jax import checkpoint, data, decode, engine, hf, log, mesh, optim, records, text, train
 from align_jax.step import Compute, make_scorer, objective
@@ -82,7 +83,7 @@ def command(*overrides: str, kill_at: int | None = None, in_save=False, config="
     """The real command, on one device; kills itself when the metrics of step `kill_at` are written, or in its save."""
     program = program or (KILLED if kill_at else None)
     program = ["-c", program] if program else ["-m", "align_jax.train"]
-    env = os.environ | {"XLA_FLAGS": "", "KILL_AT": str(kill_at), "PYTHONPATH": str(ROOT),
+    env = os.environ | {"XLA_FLAGS": QUICK, "KILL_AT": str(kill_at), "PYTHONPATH": str(ROOT),
                         "KILL_IN_SAVE": "yes" * in_save}
     return subprocess.run([sys.executable, *program, f"--config=configs/{config}.py:smoke", *overrides], env=env,
                           cwd=ROOT, capture_output=True, text=True, timeout=300)

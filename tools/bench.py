@@ -137,17 +137,16 @@ def spread() -> dict:
 
 
 def _sample(*, prompts: int, n: int, limits) -> dict:
+    """A device for each of two cores: XLA's products of attention take one core of a device, whatever it has."""
+    jax.config.update("jax_num_cpu_devices", 2)
     texts = [r["prompt"] for r in records.rows(Path(_MODEL.value) / "pairs.jsonl")][:4]  # the peers' four
     asked = [(str(i), texts[i % len(texts)]) for i in range(prompts)]
-    with jax.set_mesh(mesh.make()):
+    with jax.set_mesh(mesh.make(fsdp=1, tensor=-1)):
         sampler = decode.Sampler.load(_MODEL.value, dtype="float32", batch_size=SLOTS)
         sampler = dataclasses.replace(sampler, stop_ids=(-1,))  # a random model's end is of no use here
-        found = []
         for _ in range(2):  # the first compiles
             list(sampler.generate(asked, n=n, temperature=0.7, limits={str(i): m for i, m in enumerate(limits)}))
-            found.append(sampler.work)
-    return {"new_tokens_per_s": max(work.rate for work in found), "slots_busy": found[-1].busy,
-            "tokens": found[-1].tokens}
+    return {"new_tokens_per_s": sampler.work.rate, "slots_busy": sampler.work.busy, "tokens": sampler.work.tokens}
 
 
 # --- on an accelerator --------------------------------------------------------------------------------
