@@ -18,8 +18,10 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, *error) -> None:
-        self._orbax.close()  # waits for a save under way
+    def __exit__(self, kind, *error) -> None:
+        has_lost_a_host = jax.process_count() > 1 and kind and issubclass(kind, jax.errors.JaxRuntimeError)
+        if not has_lost_a_host:  # which a save under way would wait for until jax ends this process without a word
+            self._orbax.close()  # waits for a save under way
 
     def save(self, step: int, state, place: dict) -> None:
         """Start saving; returns as soon as the arrays are copied off the devices."""

@@ -78,9 +78,10 @@ class Sampler:
     @classmethod
     def load(cls, folder: str | Path, *, dtype: str, **settings) -> "Sampler":
         """Load a Hugging Face checkpoint to sample from."""
-        cfg, params = hf.load(folder, dtype=dtype)
         tokenizer = text.load(folder)
-        return cls.of(cfg, params, tokenizer, text.stop_ids(tokenizer, folder), **settings)
+        cfg, params = hf.load(folder, dtype=dtype)
+        return cls(cfg, slots.prepare(cfg, params, keep=False), tokenizer, tuple(text.stop_ids(tokenizer, folder)),
+                   **settings)
 
     def generate(self, prompts: Sequence[tuple[str, Text]], **settings) -> Iterator[tuple[str, list[Completion]]]:
         """Answer prompts as an engine: `sample` with this batch size; say at the end how fast that was."""
@@ -237,14 +238,15 @@ def _fill(running: list[_Slot | None], waiting: Iterator) -> list[tuple[int, dic
 
 
 def _fit(state: dict, column: int, needed: int, most: int) -> tuple[dict, int]:
-    """Let the ring have the columns that are needed, and few more: except on a GPU, every step reads all of them.
+    """Let the ring have the columns that are needed, and few more, for every step reads all of them.
 
-    So it shrinks when long answers end, which costs a step or two; it has been of every size before, while they grew.
+    It shrinks when long answers end: that costs a step or two, and if it has not been of that size a compilation. On a
+    GPU it does not, where a step reads what its slots see.
     """
-    ring = _columns(needed, most)
-    if ring == slots.columns(state):
+    ring, fitting = slots.columns(state), _columns(needed, most)
+    if fitting == ring or fitting < ring and mesh.platform() == "gpu":
         return state, column % ring
-    slots.resize(state, np.int32(column), ring=ring)
+    slots.resize(state, np.int32(column), ring=fitting)
     return state, 0
 
 

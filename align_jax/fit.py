@@ -79,7 +79,7 @@ SLICES = {  # as Cloud spells a kind: the chip, the slices that are made of it, 
 }
 TPUS = {f"{name}-{count * math.prod(map(int, layout.split('x')))}": (chip, layout)
         for name, (chip, layouts, count) in SLICES.items() for layout in layouts.split()}
-GPUS = {  # memory: 0.9 of the card's, which XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 lets jax have
+GPUS = {  # memory: 0.9 of the card's; the launchers let jax have 0.92
     "l4-24gb": Chip("NVIDIA L4", 20.2, 121e12, 300e9),
     "rtx4090-24gb": Chip("NVIDIA GeForce RTX 4090", 21.6, 165e12, 1008e9),
     "a100-40gb": Chip("NVIDIA A100.*40GB", 36.0, 312e12, 1555e9),

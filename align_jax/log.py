@@ -108,12 +108,14 @@ def claim(folder: str | Path, config: dict, *, free: Sequence[str] = (), scratch
     path = folder / "config.json"
     if path.is_file() and {*os.listdir(folder)} - {path.name, *scratch}:  # what failed at once may be corrected
         was, now = _flat(json.loads(path.read_text())), _flat(config)
-        differing = [f"  {key}: this run {now.get(key)!r}, in the folder {was.get(key)!r}"
-                     for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)
-                     and not any(f"{key}.".startswith(f"{name}.") for name in free)]
+        differing = {key: f"{key}: this run {now.get(key)!r}, in the folder {was.get(key)!r}"
+                     for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)}
+        harmless = {key for key in differing if any(f"{key}.".startswith(f"{name}.") for name in free)}
+        if differing.keys() - harmless:
+            raise ValueError(f"{folder} holds a run with another config; give another folder or delete it:\n  "
+                             + "\n  ".join(differing[key] for key in differing if key not in harmless))
         if differing:
-            raise ValueError(f"{folder} holds a run with another config; give another folder or delete it:\n"
-                             + "\n".join(differing))
+            say(f"{path} keeps the first start's settings, on which no result depends: {'; '.join(differing.values())}")
     elif jax.process_index() == 0:
         write_json(path, config)
     return folder

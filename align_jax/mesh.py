@@ -30,7 +30,7 @@ def make(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices=None) -> Mes
     """Make the (data, fsdp, tensor) mesh; one size may be -1, "all the devices that are left".
 
     Between the slices of a TPU lies the slow network: only the data axis goes over, whose gradients meet once
-    a micro-batch.
+    a micro-batch. The tensor axis stays within a host, which feeds whole rows.
     """
     devices = jax.devices() if devices is None else devices
     shape = [data, fsdp, tensor]
@@ -50,7 +50,22 @@ def make(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices=None) -> Mes
         placed = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
     else:
         placed = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+    if not _feeds_whole_rows(placed):  # the order of the chips' torus gives way to that of the hosts
+        placed = np.array(sorted(devices, key=_slice_host_id)).reshape(placed.shape)
+    if not _feeds_whole_rows(placed):
+        raise ValueError(f"mesh: got tensor = {shape[2]}, which does not divide the devices of a host; the tensor axis "
+                         "has to stay within a host")
     return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def _feeds_whole_rows(devices: np.ndarray) -> bool:
+    """Whether the devices that share a row are of one host: of two, each would put rows of its own there."""
+    hosts = np.vectorize(lambda device: device.process_index)(devices)
+    return bool((hosts == hosts[..., :1]).all())
+
+
+def _slice_host_id(device) -> tuple[int, int, int]:
+    return getattr(device, "slice_index", 0), device.process_index, device.id
 
 
 def _num_slices(devices) -> int:
@@ -119,11 +134,8 @@ def num_row_shards() -> int:
 
 
 def check_rows(rows_per_batch: int, accumulate: int) -> None:
-    """Every host feeds row shards of its own, and every micro-batch takes rows from every device."""
-    shards, hosts = num_row_shards(), jax.process_count()
-    if shards % hosts:
-        raise ValueError(f"mesh: data x fsdp = {shards} does not divide over {hosts} hosts; the tensor axis has to "
-                         "stay within a host")
+    """Every micro-batch takes rows from every device."""
+    shards = num_row_shards()
     if rows_per_batch < 1 or rows_per_batch % (shards * accumulate):
         raise ValueError(f"data.rows_per_batch: got {rows_per_batch}, expected a multiple of {shards * accumulate} = "
                          f"mesh.data x mesh.fsdp ({shards}) x compute.accumulate ({accumulate})")

@@ -65,6 +65,7 @@ def main(c: Mapping) -> None:
     if not prompts:
         raise ValueError(f"{c['prompts']}: no prompts")
     inputs = {"prompts": records.fingerprint(Path(c["prompts"])), "engine": engine.identity(kind, start, **settings)}
+    mesh.check_same("config, model or prompts", [c, inputs])
     run = log.claim(c["run"], c | {"inputs": inputs}, free=FREE)
     with jax.set_mesh(mesh.make(**c["mesh"])):
         found = to_file(run / "samples.jsonl", engine.make(kind, start, **settings), prompts, limits=limits,

@@ -28,20 +28,28 @@ LAYOUTS = {
 BEFORE_A_LOOK = {"gpu": 8}  # steps; a loop with an end in the data lets the GPU wait for the host at each of its turns
 
 
-@partial(jax.jit, static_argnames="cfg")
-def prepare(cfg: ModelConfig, params: Params) -> Params:
-    """Lay weights out for decoding: layers apart, and side by side what is multiplied with the same input."""
-    def of_layer(w):
-        q, k, v = (jnp.moveaxis(w[name], 0, -1) for name in "qkv")
-        made = {"attn_norm": w["attn_norm"], "mlp_norm": w["mlp_norm"], "qkv": _by_head(cfg, q, k, v),
-                "o": jnp.moveaxis(w["o"], -1, 0).reshape(cfg.D, -1, out_sharding=spec("embed", "heads")),
-                "gate_up": jnp.stack([w["gate"].T, w["up"].T]), "down": w["down"].T}
-        if cfg.qkv_bias:
-            made["qkv_bias"] = _by_head(cfg, *(w[name + "_bias"] for name in "qkv"))
-        return made | ({"o_bias": w["o_bias"]} if cfg.o_bias else {})
+def prepare(cfg: ModelConfig, params: Params, *, keep: bool = True) -> Params:
+    """Lay weights out for decoding: layers apart, and side by side what is multiplied with the same input.
 
-    return params | {"layers": [of_layer({name: stack[l] for name, stack in params["layers"].items()})
-                                for l in range(cfg.L)]}
+    Not to `keep` them deletes the stacks of `params["layers"]` in turn: no more than gate and up are held twice.
+    """
+    layers = [{} for _ in range(cfg.L)]
+    for name, (sources, _) in LAID_OUT.items():
+        stacks = [params["layers"][source] for source in sources if source in params["layers"]]
+        if not stacks:
+            continue
+        for layer, weight in zip(layers, _lay_out(cfg, name, stacks), strict=True):
+            layer[name] = weight
+        if not keep:
+            jax.block_until_ready(layers)
+            for stack in stacks:
+                stack.delete()
+    return params | {"layers": layers}
+
+
+@partial(jax.jit, static_argnames=("cfg", "name"))
+def _lay_out(cfg: ModelConfig, name: str, stacks: list) -> list:
+    return [LAID_OUT[name][1](cfg, *(stack[l] for stack in stacks)) for l in range(cfg.L)]
 
 
 def _by_head(cfg: ModelConfig, q, k, v):
@@ -49,6 +57,15 @@ def _by_head(cfg: ModelConfig, q, k, v):
     split = spec("heads", None, None, *["embed"] * (q.ndim - 2))
     q = q.reshape(cfg.K, cfg.N // cfg.K, *q.shape[1:], out_sharding=split)
     return jnp.concatenate([q, k[:, None], v[:, None]], axis=1)
+
+
+LAID_OUT = {  # a layer's weight -> the model's weights it is made of, and how
+    "qkv": ("qkv", lambda cfg, *qkv: _by_head(cfg, *(jnp.moveaxis(weight, 0, -1) for weight in qkv))),
+    "qkv_bias": (("q_bias", "k_bias", "v_bias"), _by_head),
+    "o": ("o", lambda cfg, o: jnp.moveaxis(o, -1, 0).reshape(cfg.D, -1, out_sharding=spec("embed", "heads"))),
+    "gate_up": (("gate", "up"), lambda cfg, gate, up: jnp.stack([gate.T, up.T])),
+    "down": (("down",), lambda cfg, down: down.T),
+} | {name: ((name,), lambda cfg, weight: weight) for name in ("o_bias", "attn_norm", "mlp_norm")}
 
 
 @partial(jax.jit, static_argnames="cfg")

@@ -129,8 +129,18 @@ def make_step(cfg: ModelConfig, objective: Objective, tx: optax.GradientTransfor
 
 
 def make_scorer(cfg: ModelConfig, *, compute: Compute) -> Callable[[Params, Batch], Array]:
-    """Make the jitted reference pass: (params, batch) -> summed log-probs [R P C]."""
-    return jax.jit(lambda params, batch: completion_logps(cfg, params, batch, compute=compute)[0])
+    """Make the jitted reference pass: (params, batch) -> summed log-probs [R P C].
+
+    In the step's micro-batches, so that it has room where the step has.
+    """
+    @jax.jit
+    def score(params: Params, batch: Batch):
+        logps = jax.lax.map(lambda rows: completion_logps(cfg, params, rows, compute=compute)[0],
+                            _micro(batch, compute.accumulate))
+        return jnp.moveaxis(logps, 0, 1).reshape(batch["weight"].shape[0], *logps.shape[2:],
+                                                 out_sharding=mesh.spec("rows", None, None))
+
+    return score
 
 
 def _sums(cfg, objective, compute, params, batch):
@@ -172,15 +182,7 @@ def _accumulate(grad: Callable, params: Params, batch: Batch, num_micro: int):
     """Sum gradients and metrics over micro-batches, in fp32; each takes rows from every device."""
     if num_micro == 1:
         return grad(params, batch)
-    R = batch["tokens"].shape[0]
-    if R % (num_micro * mesh.num_row_shards()):
-        raise ValueError(f"{R} rows do not divide into {num_micro} micro-batches on {mesh.num_row_shards()} row shards")
-
-    def split(value):  # [R ...] to [num_micro R/num_micro ...], every device keeping its rows
-        shape = (R // num_micro, num_micro, *value.shape[1:])
-        return jnp.moveaxis(value.reshape(shape, out_sharding=mesh.spec("rows", *(None,) * value.ndim)), 1, 0)
-
-    micro = {name: split(value) for name, value in batch.items()}
+    micro = _micro(batch, num_micro)
 
     def add(total, rows):
         grads, sums = grad(params, rows)
@@ -191,3 +193,16 @@ def _accumulate(grad: Callable, params: Params, batch: Batch, num_micro: int):
     names = jax.eval_shape(grad, params, jax.tree.map(lambda value: value[0], micro))[1]
     nothing = optax.tree.zeros_like(params, dtype=jnp.float32), {name: jnp.zeros(()) for name in names}
     return jax.lax.scan(add, nothing, micro)[0]
+
+
+def _micro(batch: Batch, num: int) -> Batch:
+    """Split every array [R ...] into micro-batches [num R/num ...], every device keeping its rows."""
+    R = batch["tokens"].shape[0]
+    if R % (num * mesh.num_row_shards()):
+        raise ValueError(f"{R} rows do not divide into {num} micro-batches on {mesh.num_row_shards()} row shards")
+
+    def split(value):
+        shape = (R // num, num, *value.shape[1:])
+        return jnp.moveaxis(value.reshape(shape, out_sharding=mesh.spec("rows", *(None,) * value.ndim)), 1, 0)
+
+    return {name: split(value) for name, value in batch.items()}

@@ -256,8 +256,11 @@ def batches_of(examples: data.Stored, packing: data.Packing, ref_logps: Mapping 
 
 def to_devices(batch: dict[str, np.ndarray]) -> dict:
     """Place this host's rows as its part of the global batch."""
-    return {name: jax.make_array_from_process_local_data(mesh.sharding("rows", *(None,) * (value.ndim - 1)), value)
-            for name, value in batch.items()}
+    def place(value):
+        whole = (len(value) * jax.process_count(), *value.shape[1:])
+        return jax.make_array_from_process_local_data(mesh.sharding("rows", *(None,) * (value.ndim - 1)), value, whole)
+
+    return {name: place(value) for name, value in batch.items()}
 
 
 def record(metrics: log.Metrics, number: int, values: dict, goal, compute: Compute) -> None:

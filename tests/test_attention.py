@@ -254,7 +254,9 @@ def test_a_ring_is_the_formula(one_device):
 
 
 GPU = """
+import os
 import test_attention as t
+os.environ["XLA_FLAGS"] = ""  # conftest's are for CPUs
 from align_jax import mesh
 import jax
 t.H = 64

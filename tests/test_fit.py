@@ -271,3 +271,12 @@ def test_dpo_of_the_studys_models_fits(start, name, rows):
     assert num_params / chips <= found.parts["weights"] / 4 < 1.01 * num_params / chips
     assert found.fits and all(part > 0 for part in found.parts.values())
     assert found.at_peak < found.seconds < 10 * found.at_peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, sections", [
+    ("v5e-8", {}), ("l4-24gb", {"lora": {"rank": 16}, "compute": {"accumulate": 8}}), ("v6e-16", {})])
+def test_the_smallest_model_fits_small_hardware(name, sections):
+    with jax.default_matmul_precision("default"):
+        found = fit.measure(settings("deepseek-coder-1.3b", data={"rows_per_batch": 32}, **sections), name)
+    assert found.fits

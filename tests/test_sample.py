@@ -326,6 +326,16 @@ def test_slots_stay_busy_while_long_and_short_answers_mix(one_device):
     assert who.work.busy == who.work.tokens / who.work.slot_steps > 0.85
 
 
+@pytest.mark.parametrize("biases", [False, True])
+def test_weights_are_laid_out_without_being_held_twice(biases, any_mesh):
+    cfg = model.ModelConfig(L=2, D=32, N=4, K=2, H=16, F=48, V=64, qkv_bias=biases, o_bias=biases)
+    params = model.init(cfg, 0)
+    kept = slots.prepare(cfg, params)
+    taken = slots.prepare(cfg, params, keep=False)
+    jax.tree.map(np.testing.assert_array_equal, taken, kept)
+    assert all(stack.is_deleted() for stack in params["layers"].values()) and not taken["embed"].is_deleted()
+
+
 def test_the_caches_are_updated_in_place(one_device):
     """No step may copy a cache: what the compiler sets aside is less than one layer's."""
     cfg = model.ModelConfig(L=2, D=32, N=4, K=2, H=16, F=48, V=64)

@@ -1,5 +1,6 @@
 """The train step: torch's log-probs, TRL's three steps, the same numbers on every mesh, and no [R T V] array."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -328,6 +329,13 @@ def assert_same_step(got, expected, rtol):
 @pytest.mark.parametrize("name, num_micro", [("sft", 2), ("sft", 4), ("dpo", 4), ("bonbon", 2)])
 def test_accumulation_gives_the_update_of_the_whole_batch(name, num_micro, plain, one_device):
     assert_same_step(one_step(name, UNEVEN, accumulate=num_micro), plain(name), 1e-5)
+
+
+def test_the_reference_pass_takes_micro_batches_too(any_mesh):
+    cfg, params = load()
+    whole, parts = (make_scorer(cfg, compute=dataclasses.replace(FP32, accumulate=count))(params, batch_of(LAYOUT * 2))
+                    for count in (1, 2))
+    np.testing.assert_allclose(parts, whole, rtol=1e-6, atol=1e-5)
 
 
 def test_accumulation_over_a_mesh(plain):

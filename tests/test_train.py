@@ -187,6 +187,7 @@ def test_a_run_killed_in_its_export_exports(unbroken, tmp_path):
     shutil.rmtree(run / "hf")
     done = command(f"--config.run={run}", *SETTINGS, "--config.compute.remat=none")  # which changes no number
     assert done.returncode == 0 and "continuing after step 24" in done.stdout, done.stderr
+    assert "compute.remat: this run 'none', in the folder" in done.stdout
     name = "hf/model.safetensors"
     assert (run / name).read_bytes() == (unbroken[0] / name).read_bytes()
 

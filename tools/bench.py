@@ -22,6 +22,7 @@ chip's dense bf16 peak. Decoding is measured by the bytes of the weights and of 
 import dataclasses
 import itertools
 import json
+import math
 import os
 import resource
 import signal
@@ -137,8 +138,8 @@ def spread() -> dict:
 
 
 def _sample(*, prompts: int, n: int, limits) -> dict:
-    """A device for each of two cores: XLA's products of attention take one core of a device, whatever it has."""
-    jax.config.update("jax_num_cpu_devices", 2)
+    """On a device a core, as configs/sample.py has it for CPUs: attention's products take one core of a device."""
+    jax.config.update("jax_num_cpu_devices", math.gcd(os.cpu_count(), hf.config(_MODEL.value).K))
     texts = [r["prompt"] for r in records.rows(Path(_MODEL.value) / "pairs.jsonl")][:4]  # the peers' four
     asked = [(str(i), texts[i % len(texts)]) for i in range(prompts)]
     with jax.set_mesh(mesh.make(fsdp=1, tensor=-1)):
