@@ -53,8 +53,8 @@ def command(main: Callable) -> None:
             if jax.process_count() == 1 or not any(sign in str(error) for sign in LOST):
                 raise
             print(f"error: host {jax.process_index()} of {jax.process_count()} has lost another one: "
-                  f"{str(error).splitlines()[0]}\nstart the same command on every host again: it continues from the "
-                  "newest checkpoint", file=sys.stderr, flush=True)
+                  f"{str(error).splitlines()[0]}\nstart the same command on every host again: it continues from "
+                  "what was saved last", file=sys.stderr, flush=True)
             os._exit(1)  # an orderly end would wait for the host that is gone
 
     app.run(run, flags_parser=parse)

@@ -277,7 +277,7 @@ def record(metrics: log.Metrics, number: int, values: dict, goal, compute: Compu
 
 
 def main(c: Mapping, accelerator: str | None = None) -> None:
-    if accelerator:
+    if accelerator is not None:  # an empty name, of a variable that is not set, trains nothing
         from align_jax import fit  # sets libtpu up as a compiler, which must not meet a training on TPUs
 
         check(c)

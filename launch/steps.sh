@@ -38,6 +38,7 @@ split() {  # -> options, command: what stands before `python` and what begins wi
   command=("$@")
   [[ "${1:-} ${2:-} ${3:-}" =~ ^python\ -m\ align_jax\.[a-z_.]+$ ]] ||
     fail "got '${command[*]:-${options[*]}}', expected a command: python -m align_jax.train --config=configs/dpo.py ..."
+  [ -f "${3//.//}.py" ] || fail "got '$3', of which there is no file ${3//.//}.py"
 }
 
 run_is_shared() {  # what is written elsewhere goes with the machines

@@ -11,6 +11,8 @@ split "$@"
 for option in --cluster --workload --tpu-type; do
   [[ " ${options[*]} " == *" $option="?* ]] || fail "$option=... is missing before the command"
 done
+[[ " ${options[*]} " =~ \ --workload=[a-z]([-a-z0-9]*[a-z0-9])?\  ]] ||
+  fail "--workload: expected small letters, digits and -, as Kubernetes has it, in '${options[*]}'"
 [[ " ${options[*]} " =~ \ --tpu-type=([^\ ]+) ]] && type="${BASH_REMATCH[1]}"
 is_slice 'v4|v5litepod|v5p|v6e|tpu7x' "$type" || [[ "$type" == *-*x* ]] ||  # or its topology
   fail "--tpu-type: got '$type', expected v4, v5litepod, v5p, v6e or tpu7x with the number of a slice, as v5litepod-64"

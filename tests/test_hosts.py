@@ -150,7 +150,7 @@ def test_a_host_that_dies_is_told_and_the_run_continues_on_one(one, tmp_path, vi
     assert ended[victim][0] == -signal.SIGKILL
     status, output = ended[other]
     assert status == 1 and f"error: host {other} of 2 has lost another one: " in output, output
-    assert "start the same command on every host again: it continues from the newest checkpoint" in output
+    assert "start the same command on every host again: it continues from what was saved last" in output
     assert not (run / "hf").exists()
     output = finished(train(run, EIGHT, hosts=1, devices=8))
     assert re.search("continuing after step 4", output)

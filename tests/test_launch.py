@@ -85,6 +85,8 @@ WRONG = {  # the call, and settings that differ -> the one line of the answer
     ("gpu.sh",): "got '', expected a command: python -m align_jax.train",
     ("gpu.sh", "python", "train.py"): "got 'python train.py', expected a command",
     ("gpu.sh", "--fast", *COMMAND): "got '--fast' before the command",
+    ("gpu.sh", "python", "-m", "align_jax.trian"): "got 'align_jax.trian', of which there is no file align_jax/",
+    ("xpk.sh", XPK[0], "--workload=DPO_1", XPK[2], *COMMAND): "--workload: expected small letters, digits and -, as",
     ("slurm.sh", "--nodes=2"): "got '--nodes=2', expected a command",
     ("xpk.sh", *XPK[1:], *COMMAND): "--cluster=... is missing before the command",
     ("xpk.sh", *XPK, *COMMAND, "IMAGE="): "IMAGE is not set, as in: export IMAGE=",
@@ -111,6 +113,8 @@ WRONG = {  # the call, and settings that differ -> the one line of the answer
     ("tpu.sh", "create", "TYPE=v5litepod-63"): "TYPE: got 'v5litepod-63', expected v2, v3",
     ("tpu.sh", "create", "TYPE=v5e-64"): "TYPE: got 'v5e-64', expected v2, v3",
     ("tpu.sh", "install", "SHARED=bucket"): "SHARED: got 'bucket', expected gs://BUCKET or HOST:/SHARE",
+    ("tpu.sh", "install", "SHARED=gs:/bucket"): "SHARED: got 'gs:/bucket', expected gs://BUCKET or HOST:/SHARE",
+    ("tpu.sh", "install", "SHARED=gs://bucket/a/"): "SHARED: got 'gs://bucket/a/', expected gs://BUCKET or",
     ("tpu.sh", "install", "SHARED=s3://bucket"): "SHARED: got 's3://bucket', expected gs://BUCKET or HOST:/SHARE",
     ("tpu.sh", "collect", "/etc"): "collect: got '/etc', expected a folder in runs/",
     ("tpu.sh", "delete", "--yes", "--yes"): "delete: pod in us-west4-a",
@@ -123,6 +127,7 @@ def repository(tmp_path):
     """A copy of what the scripts need, with a stand-in for the installation."""
     for folder in ("launch", "tools"):
         shutil.copytree(ROOT / folder, tmp_path / "repo" / folder, ignore=shutil.ignore_patterns("*.py"))
+    (tmp_path / "repo" / "align_jax").symlink_to(ROOT / "align_jax")
     (tmp_path / "repo" / "tools" / "venv.sh").write_text('printf "venv %s\\n" "$EXTRAS" >>"$CALLS"\n')
     return tmp_path / "repo"
 

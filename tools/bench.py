@@ -53,7 +53,7 @@ _REMAT = flags.DEFINE_enum("remat", "mixed", [*model.REMAT], "in the accelerator
 _TRL = flags.DEFINE_string("trl", "--batch 32", "arguments of bench_trl.py: as many pairs as the card has room for")
 _PEERS = flags.DEFINE_string("peers", "../shared/bench", "the folder of the peers' scripts")
 _PYTHON = flags.DEFINE_list("python", [], "PEER=INTERPRETER of its environment")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "runs of every contender")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "runs of every contender", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "a JSON file for all that was measured")
 _WORKER = flags.DEFINE_string("worker", None, "measure this case in this process, print JSON and stop")
 
@@ -333,6 +333,8 @@ def spread_of_batches() -> float:
 
 
 def main(argv) -> None:
+    if argv[1:]:
+        raise SystemExit(f"error: unexpected arguments {argv[1:]}; settings are --flag=value")
     absent = [file for file in ("config.json", "pairs.jsonl") if not Path(_MODEL.value, file).is_file()]
     if absent:
         raise SystemExit(f"error: --model: {_MODEL.value} has no {' and no '.join(absent)}, expected a folder with a "
@@ -345,7 +347,7 @@ def main(argv) -> None:
                           "peak_gib": round(of_device, 2)} | found))
         return
     unknown = set(_CASES.value) - set(PEERS)
-    if unknown:
+    if unknown or not _CASES.value:
         raise SystemExit(f"error: --cases: got {sorted(unknown)}, available are {', '.join(PEERS)}")
     known = {peer for _, peers in PEERS.values() for peer, *_ in peers.values()}
     wrong = [item for item in _PYTHON.value
