@@ -148,11 +148,15 @@ def start_hosts() -> None:
     is_srun = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1  # SLURM_NTASKS is set in a bare allocation too
     if os.environ.get("JAX_COORDINATOR_ADDRESS") or is_srun or is_tpu:
         said = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}  # jax reads the address alone
-        said = {key: int(os.environ[name]) for key, name in said.items() if name in os.environ}
+        given = {name: os.environ[name] for name in ("JAX_COORDINATOR_ADDRESS", *said.values()) if name in os.environ}
+        said = {key: int(given[name]) for key, name in said.items() if given.get(name, "").isdecimal()}
         if is_srun and os.environ["SLURM_STEP_NUM_TASKS"] == os.environ["SLURM_STEP_NUM_NODES"]:
             # A process alone on its node drives all of its GPUs; jax would give it the first.
             said["local_device_ids"] = list(range(int(os.environ.get("SLURM_GPUS_ON_NODE", "1"))))
-        jax.distributed.initialize(**said)
+        try:
+            jax.distributed.initialize(**said)
+        except ValueError as error:
+            raise ValueError(f"hosts: {error} Got {given}, expected an address, how many, and which from 0") from None
 
 
 def check_same(what: str, value) -> None:

@@ -8,7 +8,7 @@ cosine after a tenth of warm-up is what the recipes for code models use. Expect 
 run stops. A 7B model needs 16 bytes a parameter, 112 GB, over the devices of mesh.fsdp; the reference is not loaded.
 `optim.offload` leaves 8 of the 16 in the host's memory. LoRA, `--config.lora.rank=16 --config.optim.lr=1e-5`, holds the
 weights once, in bfloat16 and as they are, policy and reference in one, and trains 1 % as many numbers beside them:
-2.2 bytes a parameter. With `--config.compute.accumulate=8` deepseek-coder-1.3b then takes 5.5 GB (--fit=l4-24gb).
+2.2 bytes a parameter. With `--config.compute.accumulate=8` deepseek-coder-1.3b then takes 5.9 GiB (--fit=l4-24gb).
 `objective.name` may also be dpo_norm (Tülu 3: beta 5), ipo or ipo_mean. `configs/dpo.py:smoke` takes a minute on a CPU.
 """
 

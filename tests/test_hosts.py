@@ -142,14 +142,12 @@ def test_two_processes_train_as_one_does(one, tmp_path, mesh, devices, program):
     assert all(references[0][name] == pytest.approx(logps, abs=1e-4) for name, logps in references[1].items())
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_host_that_dies_is_told_and_the_run_continues_on_one(one, tmp_path, victim):
-    run, other = tmp_path / "run", 1 - victim
-    ended = on_two(run, **ending(victim, 6, "SIGKILL"))
-    assert time.time() - (run / "metrics.jsonl").stat().st_mtime < 60  # of the last step that both took
-    assert ended[victim][0] == -signal.SIGKILL
-    status, output = ended[other]
-    assert status == 1 and f"error: host {other} of 2 has lost another one: " in output, output
+def test_a_host_that_dies_is_told_and_the_run_continues_on_one(one, tmp_path):
+    run = tmp_path / "run"
+    (status, output), (victim, _) = on_two(run, **ending(1, 6, "SIGKILL"))
+    assert time.time() - (run / "metrics.jsonl").stat().st_mtime < 90  # of the last step that both took
+    assert victim == -signal.SIGKILL
+    assert status == 1 and "error: host 0 of 2 has lost another one: " in output, output
     assert "start the same command on every host again: it continues from what was saved last" in output
     assert not (run / "hf").exists()
     output = finished(train(run, EIGHT, hosts=1, devices=8))
