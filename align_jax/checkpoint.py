@@ -1,5 +1,6 @@
 """The train state and the place in the data, saved asynchronously by orbax; the last whole one is resumed."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -7,9 +8,13 @@ from orbax.checkpoint import v1 as ocp
 
 
 class Checkpoints:
-    """The checkpoints of one run: `with Checkpoints(folder) as ckpts`."""
+    """The checkpoints of one run: `with Checkpoints(folder) as ckpts`, whose end waits for a save under way.
 
-    def __init__(self, folder: str | Path, *, keep: int = 2):
+    But not where the block ended by an error of which `gives_up` is true, as of a host that a save would wait for.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int = 2, gives_up: Callable = lambda error: False):
+        self._gives_up = gives_up
         self.folder = Path(folder).absolute()
         self._orbax = ocp.training.Checkpointer(
             self.folder, cleanup_tmp_directories=True,
@@ -18,10 +23,9 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *error) -> None:
-        has_lost_a_host = jax.process_count() > 1 and kind and issubclass(kind, jax.errors.JaxRuntimeError)
-        if not has_lost_a_host:  # which a save under way would wait for until jax ends this process without a word
-            self._orbax.close()  # waits for a save under way
+    def __exit__(self, kind, error, trace) -> None:
+        if not self._gives_up(error):
+            self._orbax.close()
 
     def save(self, step: int, state, place: dict) -> None:
         """Start saving; returns as soon as the arrays are copied off the devices."""

@@ -71,17 +71,17 @@ class Sampler:
     work: Work = dataclasses.field(default_factory=Work, init=False)
 
     @classmethod
-    def of(cls, cfg: ModelConfig, params: Params, tokenizer, stop_ids: Sequence[int], **settings) -> "Sampler":
-        """Lay out the weights of a model."""
-        return cls(cfg, slots.prepare(cfg, params), tokenizer, tuple(stop_ids), **settings)
+    def of(cls, cfg: ModelConfig, params: Params, tokenizer, stop_ids: Sequence[int], *, keep: bool = True,
+           **settings) -> "Sampler":
+        """Lay out the weights of a model; `keep` them as they are too, or delete those of its layers."""
+        return cls(cfg, slots.prepare(cfg, params, keep=keep), tokenizer, tuple(stop_ids), **settings)
 
     @classmethod
     def load(cls, folder: str | Path, *, dtype: str, **settings) -> "Sampler":
         """Load a Hugging Face checkpoint to sample from."""
         tokenizer = text.load(folder)
         cfg, params = hf.load(folder, dtype=dtype)
-        return cls(cfg, slots.prepare(cfg, params, keep=False), tokenizer, tuple(text.stop_ids(tokenizer, folder)),
-                   **settings)
+        return cls.of(cfg, params, tokenizer, text.stop_ids(tokenizer, folder), keep=False, **settings)
 
     def generate(self, prompts: Sequence[tuple[str, Text]], **settings) -> Iterator[tuple[str, list[Completion]]]:
         """Answer prompts as an engine: `sample` with this batch size; say at the end how fast that was."""

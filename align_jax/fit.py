@@ -211,6 +211,7 @@ class Fit:
     at_peak: float  # seconds that they take at the peak of the chips
     seconds: float  # that the compiler expects; 0 where it does not say: of a step that it refuses, and for a GPU
     compiling: float  # seconds, here
+    is_estimate: bool = False  # by another chip's compiler
 
     @property
     def total(self) -> float:
@@ -224,6 +225,7 @@ class Fit:
 def measure(c: Mapping, name: str, tell: Callable[[str], None] = lambda line: None) -> Fit:
     """Compile the step of a training's config for the accelerator of this name; `tell` when nothing was refused."""
     chip, devices = accelerator(name)
+    is_estimate = chip in GPUS.values()
     cfg = lora.config(shape(c["start"]), rank=c["lora"]["rank"], alpha=c["lora"]["alpha"])
     chunk, accumulate = c["compute"]["chunk"], c["compute"]["accumulate"]
     rows, T = c["data"]["rows_per_batch"], c["data"]["row_length"]
@@ -231,7 +233,7 @@ def measure(c: Mapping, name: str, tell: Callable[[str], None] = lambda line: No
     with jax.set_mesh(made):
         began = time.perf_counter()
         lowered, parts = lower(c if chip.clock else c | {"compute": c["compute"] | {"attention": "auto"}}, cfg)
-        compiler = "as many TPU v5p chips, an estimate for " if chip in GPUS.values() else ""
+        compiler = "as many TPU v5p chips, an estimate for " if is_estimate else ""
         tell(f"{c['start']}, {c['objective']['name']}: compiling the step for {compiler}{name}")
         total, host, hlo = _compile(lowered)
         compiling = time.perf_counter() - began
@@ -242,7 +244,8 @@ def measure(c: Mapping, name: str, tell: Callable[[str], None] = lambda line: No
     seconds = 0.0
     if hlo and chip.clock:
         seconds = num_cycles(hlo, chunks) / chip.clock + (attention if "tpu_custom_call" in hlo else 0.0)
-    return Fit(dict(made.shape), parts, chip.memory * GIB, host, sum(flops), matrices + attention, seconds, compiling)
+    return Fit(dict(made.shape), parts, chip.memory * GIB, host, sum(flops), matrices + attention, seconds, compiling,
+               is_estimate)
 
 
 def shape(start: str) -> ModelConfig:
@@ -279,8 +282,8 @@ def main(c: Mapping, name: str) -> bool:
     jax.config.update("jax_platforms", "cpu")  # what else is here is not needed
     fit = measure(c, name, tell=partial(print, flush=True))
     print(report(fit))
-    by = "by this estimate it " * (re.sub(r"^\d+x", "", name) in GPUS)
-    print(f"{by}fits {name}" if fit.fits else f"{by}does not fit {name}; what may help: {'; '.join(hints(c, fit))}")
+    verdict = f"fits {name}" if fit.fits else f"does not fit {name}; what may help: {'; '.join(hints(c, fit))}"
+    print(f"by this estimate it {verdict}" if fit.is_estimate else verdict)
     return fit.fits
 
 

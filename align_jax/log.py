@@ -50,7 +50,7 @@ def command(main: Callable) -> None:
             print("interrupted; the same command continues", file=sys.stderr, flush=True)
             os._exit(130)  # all is closed; taking jax down while it computes ends in a segmentation fault
         except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() == 1 or not any(sign in str(error) for sign in LOST):
+            if not has_lost_a_host(error):
                 raise
             print(f"error: host {jax.process_index()} of {jax.process_count()} has lost another one: "
                   f"{str(error).splitlines()[0]}\nstart the same command on every host again: it continues from "
@@ -73,6 +73,12 @@ def faults_in_one_line():
         if isinstance(error, OSError) or Path(__file__).parent in Path(frames[-1].filename).parents:
             raise SystemExit(f"error: {error}") from None
         raise
+
+
+def has_lost_a_host(error: BaseException | None) -> bool:
+    """Whether an error is what jax says where another host is gone."""
+    return (jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)
+            and any(sign in str(error) for sign in LOST))
 
 
 def say(message: str) -> None:
@@ -110,10 +116,11 @@ def claim(folder: str | Path, config: dict, *, free: Sequence[str] = (), scratch
         was, now = _flat(json.loads(path.read_text())), _flat(config)
         differing = {key: f"{key}: this run {now.get(key)!r}, in the folder {was.get(key)!r}"
                      for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)}
-        harmless = {key for key in differing if any(f"{key}.".startswith(f"{name}.") for name in free)}
-        if differing.keys() - harmless:
+        binding = [line for key, line in differing.items()
+                   if not any(f"{key}.".startswith(f"{name}.") for name in free)]
+        if binding:
             raise ValueError(f"{folder} holds a run with another config; give another folder or delete it:\n  "
-                             + "\n  ".join(differing[key] for key in differing if key not in harmless))
+                             + "\n  ".join(binding))
         if differing:
             say(f"{path} keeps the first start's settings, on which no result depends: {'; '.join(differing.values())}")
     elif jax.process_index() == 0:

@@ -149,11 +149,11 @@ def start_hosts() -> None:
     if os.environ.get("JAX_COORDINATOR_ADDRESS") or is_srun or is_tpu:
         said = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}  # jax reads the address alone
         given = {name: os.environ[name] for name in ("JAX_COORDINATOR_ADDRESS", *said.values()) if name in os.environ}
-        said = {key: int(given[name]) for key, name in said.items() if given.get(name, "").isdecimal()}
-        if is_srun and os.environ["SLURM_STEP_NUM_TASKS"] == os.environ["SLURM_STEP_NUM_NODES"]:
-            # A process alone on its node drives all of its GPUs; jax would give it the first.
-            said["local_device_ids"] = list(range(int(os.environ.get("SLURM_GPUS_ON_NODE", "1"))))
         try:
+            said = {key: int(given[name]) for key, name in said.items() if name in given}
+            if is_srun and os.environ["SLURM_STEP_NUM_TASKS"] == os.environ["SLURM_STEP_NUM_NODES"]:
+                # A process alone on its node drives all of its GPUs; jax would give it the first.
+                said["local_device_ids"] = list(range(int(os.environ.get("SLURM_GPUS_ON_NODE", "1"))))
             jax.distributed.initialize(**said)
         except ValueError as error:
             raise ValueError(f"hosts: {error} Got {given}, expected an address, how many, and which from 0") from None

@@ -34,11 +34,11 @@ def prepare(cfg: ModelConfig, params: Params, *, keep: bool = True) -> Params:
     Not to `keep` them deletes the stacks of `params["layers"]` in turn: no more than gate and up are held twice.
     """
     layers = [{} for _ in range(cfg.L)]
-    for name, (sources, _) in LAID_OUT.items():
+    for name, (sources, _) in WEIGHTS.items():
         stacks = [params["layers"][source] for source in sources if source in params["layers"]]
         if not stacks:
             continue
-        for layer, weight in zip(layers, _lay_out(cfg, name, stacks), strict=True):
+        for layer, weight in zip(layers, _weights(cfg, name, stacks), strict=True):
             layer[name] = weight
         if not keep:
             jax.block_until_ready(layers)
@@ -48,8 +48,8 @@ def prepare(cfg: ModelConfig, params: Params, *, keep: bool = True) -> Params:
 
 
 @partial(jax.jit, static_argnames=("cfg", "name"))
-def _lay_out(cfg: ModelConfig, name: str, stacks: list) -> list:
-    return [LAID_OUT[name][1](cfg, *(stack[l] for stack in stacks)) for l in range(cfg.L)]
+def _weights(cfg: ModelConfig, name: str, stacks: list) -> list:
+    return [WEIGHTS[name][1](cfg, *(stack[l] for stack in stacks)) for l in range(cfg.L)]
 
 
 def _by_head(cfg: ModelConfig, q, k, v):
@@ -59,10 +59,10 @@ def _by_head(cfg: ModelConfig, q, k, v):
     return jnp.concatenate([q, k[:, None], v[:, None]], axis=1)
 
 
-LAID_OUT = {  # a layer's weight -> the model's weights it is made of, and how
-    "qkv": ("qkv", lambda cfg, *qkv: _by_head(cfg, *(jnp.moveaxis(weight, 0, -1) for weight in qkv))),
+WEIGHTS = {  # a layer's weight -> the model's weights it is made of, and how
+    "qkv": (("q", "k", "v"), lambda cfg, *qkv: _by_head(cfg, *(jnp.moveaxis(weight, 0, -1) for weight in qkv))),
     "qkv_bias": (("q_bias", "k_bias", "v_bias"), _by_head),
-    "o": ("o", lambda cfg, o: jnp.moveaxis(o, -1, 0).reshape(cfg.D, -1, out_sharding=spec("embed", "heads"))),
+    "o": (("o",), lambda cfg, o: jnp.moveaxis(o, -1, 0).reshape(cfg.D, -1, out_sharding=spec("embed", "heads"))),
     "gate_up": (("gate", "up"), lambda cfg, gate, up: jnp.stack([gate.T, up.T])),
     "down": (("down",), lambda cfg, down: down.T),
 } | {name: ((name,), lambda cfg, weight: weight) for name in ("o_bias", "attn_norm", "mlp_norm")}
@@ -341,10 +341,10 @@ def _choose(logits, uniform, *, temperature: float, top_p: float) -> tuple:
         def mass(logits):
             return jnp.exp((logits - top) / temperature)
 
+        least = _nucleus(logits, mass(logits), top_p) if top_p < 1 else -jnp.inf
+
         def kept(logits):
             return jnp.where(logits >= least, mass(logits), 0.0)
-
-        least = _nucleus(logits, mass(logits), top_p) if top_p < 1 else -jnp.inf
 
         size = max(size for size in range(1, math.isqrt(V) + 1) if V % size == 0)
         blocks = logits.reshape(V // size, size, M)

@@ -86,7 +86,8 @@ def train(c: Mapping, *, params=None) -> Path:
         del params  # the first step donates them
 
         # -- resume ------------------------------------------------------------------------------------------
-        with checkpoint.Checkpoints(run / "checkpoints", keep=c["ckpt"]["keep"]) as ckpts, log.Termination() as ended, \
+        saved = checkpoint.Checkpoints(run / "checkpoints", keep=c["ckpt"]["keep"], gives_up=log.has_lost_a_host)
+        with saved as ckpts, log.Termination() as ended, \
                 contextlib.closing(batches_of(examples, packing, ref_logps)) as batches:
             first, state, place = ckpts.restore(state) or (0, state, None)
             if place:

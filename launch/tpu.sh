@@ -14,7 +14,8 @@ for setting in NAME ZONE TYPE; do [ -n "${!setting:-}" ] || fail "$setting is no
 is_slice 'v2|v3|v4|v5litepod|v5p|v6e' "$TYPE" ||
   fail "TYPE: got '$TYPE', expected v2, v3, v4, v5litepod, v5p or v6e with the number of a slice, as v5litepod-64"
 cores="${TYPE#*-}" slices="${SLICES:-1}" runtime="${RUNTIME:-${runtimes[${TYPE%-*}]}}"
-[[ "${SHARED:-gs://none}" =~ ^gs://[^/]+$|^[^/:]+:/[^/] ]] && [[ ! "${SHARED:-}" =~ ^gs:/[^/] ]] || fail "SHARED: got '$SHARED', expected gs://BUCKET or HOST:/SHARE"
+[[ "${SHARED:-gs://none}" =~ ^gs://[^/]+$|^[^/:]+:/[^/] && "${SHARED:-}" != gs:/[^/]* ]] ||
+  fail "SHARED: got '$SHARED', expected gs://BUCKET or HOST:/SHARE"
 [[ "$slices" =~ ^[1-9][0-9]*$ ]] || fail "SLICES: got '$slices', expected a number"
 
 case "${SPOT:-0}" in 0) spot=() ;; 1) spot=(--spot) ;; *) fail "SPOT: got '$SPOT', expected 1 or 0" ;; esac
