@@ -240,19 +240,21 @@ def _fill(running: list[_Slot | None], waiting: Iterator) -> list[tuple[int, dic
 def _fit(state: dict, column: int, needed: int, most: int) -> tuple[dict, int]:
     """Let the ring have the columns that are needed, and few more, for every step reads all of them.
 
-    It shrinks when long answers end: that costs a step or two, and if it has not been of that size a compilation. On a
-    GPU it does not, where a step reads what its slots see.
+    It shrinks when long answers end: that costs a step or two, and if it has not been of that size a compilation.
     """
     ring, fitting = slots.columns(state), _columns(needed, most)
-    if fitting == ring or fitting < ring and mesh.platform() == "gpu":
+    if fitting == ring:
         return state, column % ring
     slots.resize(state, np.int32(column), ring=fitting)
     return state, 0
 
 
 def _columns(needed: int, most: int) -> int:
-    """The size of a ring, 128, 256, 384, 512, 768, ...: for each there is a compilation."""
-    return min(_up(_padded(needed), 128), most)
+    """The size of a ring, 128, 256, 384, 512, 768, ...: for each there is a compilation.
+
+    On a GPU it has all columns at once: a step reads only what its slots see.
+    """
+    return _up(most, 64) if mesh.platform() == "gpu" else min(_up(_padded(needed), 128), most)
 
 
 def _admit(state: dict, column: int, fresh: list[tuple[int, dict, int]]) -> dict:

@@ -26,8 +26,8 @@ BLOCK = 64  # queries, and keys, at a time: the best of those tried on an H200, 
 SMALL = 32  # of them, in fp32 and with heads above 128
 RING_BLOCKS = 64, 32, 16  # columns of a ring at a time: the first that divides it, in at most RING_BYTES of keys
 RING_BYTES = 2**14
-WARPS = 4
-STAGES = {"forward": 3, "d_queries": 2, "d_keys": 2, "of_ring": 2}  # blocks that are on their way at once; of SMALL 1
+WARPS = {"forward": 4, "d_queries": 4, "d_keys": 4, "of_ring": 2}
+STAGES = {"forward": 3, "d_queries": 2, "d_keys": 2, "of_ring": 3}  # blocks that are on their way at once; of SMALL 1
 LOW = -1e30  # a logit that nothing sees; finite, so that a block without a visible key stays a number
 
 
@@ -78,21 +78,24 @@ def backward(rows: dict, q, k, v, out, logsumexp, d_out) -> tuple:
     return d_q, d_k, d_v
 
 
-def of_ring(q: Float[Array, "R K G H"], keys: Float[Array, "R K S H"], values: Float[Array, "R K S H"],
+def of_ring(qkv: Float[Array, "R K G+2 H"], keys: Float[Array, "R K S H"], values: Float[Array, "R K S H"],
             column: Int[Array, ""], age: Int[Array, " R"]) -> tuple:
-    """Attend to a ring's columns, of which row r sees the age[r] + 1 that end with `column`; age < S.
+    """Attend, from a row's newest token, to itself and to the age[r] < S columns of its ring before `column`.
 
-    Returns the weighted sum [R K G H] of the values, each softmax's largest logit, to base e, and its sum [R K G].
+    Of a key's head `qkv` has the G queries, the key and the value. Returns the output [R K G H], the log, to base e, of
+    each softmax's sum [R K G], and keys and values with the new ones in `column`: in the rings' own memory, where the
+    caller has no more use for them.
     """
-    R, K, G, H = q.shape
-    S = keys.shape[2]
+    R, K, A, H = qkv.shape
+    G, S = A - 2, keys.shape[2]
     size = next(size for size in RING_BLOCKS if S % size == 0 and size * H * keys.dtype.itemsize <= RING_BYTES)
-    heads, ring = (pl.BlockSpec((None, None, count, H), lambda h, r: (r, h, 0, 0)) for count in (G, S))
+    all_heads, heads, ring = (pl.BlockSpec((None, None, n, H), lambda h, r: (r, h, 0, 0)) for n in (A, G, S))
     line = pl.BlockSpec((None, None, G), lambda h, r: (r, h, 0))
-    numbers = jax.ShapeDtypeStruct((R, K, G), jnp.float32)
     one = pl.BlockSpec((1,), lambda h, r: (0,)), pl.BlockSpec((1,), lambda h, r: (r,))
-    return _call(_of_ring, size, (K, R), [*one, heads, ring, ring], [heads, line, line],
-                 [jax.ShapeDtypeStruct(q.shape, jnp.float32), numbers, numbers])(column[None], age, q, keys, values)
+    shapes = [jax.ShapeDtypeStruct((R, K, G, H), qkv.dtype), jax.ShapeDtypeStruct((R, K, G), jnp.float32)]
+    return _call(_of_ring, size, (K, R), [*one, all_heads, ring, ring], [heads, line, ring, ring],
+                 [*shapes, _like(keys), _like(values)], input_output_aliases={3: 2, 4: 3})(
+        column[None], age, qkv, keys, values)
 
 
 # --- the kernels: a block of queries or of keys, of one head of one row --------------------------------
@@ -147,26 +150,31 @@ def _d_keys(until, end, k, v, q, d_out, logsumexp, slope, d_k, d_v, *, size: int
     d_v[...] = total_v.astype(d_v.dtype)
 
 
-def _of_ring(column, age, q, keys, values, out, top_out, total_out, *, size: int):
-    G, S = q.shape[0], keys.shape[0]
+def _of_ring(column, age, qkv, keys, values, out, logsumexp, new_keys, new_values, *, size: int):
+    G, S = out.shape[0], keys.shape[0]
     column, age = column[0], age[0]
     heads = max(16, pl.next_power_of_2(G))  # at least what the processor multiplies
     mine, is_head = pl.ds(0, heads), jnp.arange(heads) < G
-    queries = triton.load(q.at[mine, :], mask=is_head[:, None], other=0.0)
+    queries = triton.load(qkv.at[mine, :], mask=is_head[:, None], other=0.0)
+    key, value = qkv[G, :], qkv[G + 1, :]
+    new_keys[column, :], new_values[column, :] = key, value
     oldest = lax.rem(column - age + S, S)
-    count = jnp.minimum(pl.cdiv(lax.rem(oldest, size) + age + 1, size), S // size)
+    count = jnp.minimum(pl.cdiv(lax.rem(oldest, size) + age, size), S // size)
 
     def add(n, sums):
         j = lax.rem(lax.div(oldest, size) + n, S // size)
         at = pl.ds(j * size, size)
-        seen = lax.rem(column - (j * size + jnp.arange(size)) + S, S) <= age
-        logits = jnp.where(seen[None, :], _dot(queries, keys[at, :], trans_b=True) * _scale(q), LOW)
-        return _add(sums, logits, values[at, :])
+        back = lax.rem(column - (j * size + jnp.arange(size)) + S, S)
+        seen = (0 < back) & (back <= age)  # nothing else is read: the new token is here already
+        own_keys, own_values = (triton.load(ring.at[at, :], mask=seen[:, None], other=0.0) for ring in (keys, values))
+        logits = jnp.where(seen[None, :], _dot(queries, own_keys, trans_b=True) * _scale(keys), LOW)
+        return _add(sums, logits, own_values)
 
-    top, total, mixed = lax.fori_loop(0, count, add, _nothing(queries))
-    triton.store(out.at[mine, :], mixed, mask=is_head[:, None])
-    triton.store(top_out.at[mine], top * math.log(2), mask=is_head)
-    triton.store(total_out.at[mine], total, mask=is_head)
+    own = jnp.sum(queries.astype(jnp.float32) * key.astype(jnp.float32)[None, :], 1) * _scale(keys)
+    sums = own, jnp.ones_like(own), jnp.zeros(queries.shape, jnp.float32) + value.astype(jnp.float32)[None, :]
+    top, total, mixed = lax.fori_loop(0, count, add, sums)
+    triton.store(out.at[mine, :], (mixed / total[:, None]).astype(out.dtype), mask=is_head[:, None])
+    triton.store(logsumexp.at[mine], top * math.log(2) + jnp.log(total), mask=is_head)
 
 
 def _nothing(queries) -> tuple:
@@ -205,13 +213,13 @@ def _size(q) -> int:
     return BLOCK if q.dtype.itemsize == 2 and q.shape[-1] <= 128 else SMALL
 
 
-def _call(kernel, size: int, grid, in_specs, out_specs, out_shape):
+def _call(kernel, size: int, grid, in_specs, out_specs, out_shape, **settings):
     name = kernel.__name__.removeprefix("_")
     stages = 1 if size == SMALL and kernel is not _of_ring else STAGES[name]
     return pl.pallas_call(
         partial(kernel, size=size), grid=grid, in_specs=in_specs, out_specs=out_specs, out_shape=out_shape, name=name,
         interpret=mesh.platform() == "cpu",
-        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=stages))
+        compiler_params=triton.CompilerParams(num_warps=WARPS[name], num_stages=stages), **settings)
 
 
 def _block(size: int, H: int) -> pl.BlockSpec:

@@ -79,11 +79,12 @@ def prefill(cfg: ModelConfig, params: Params, prefix: list, offset, tokens, leng
     is_real = (at >= 0).astype(jnp.int32)
     mask = attention.visible(is_real, jnp.zeros_like(is_real))[:, None, None]
 
-    def keep(q, k, v, before):
-        own = _laid_out(k, v, PLAIN)
-        return _attention(q, k.shape[2], before, partial(_softmax, keys_values=own, mask=mask, layout=PLAIN)), own
+    def own(qkv):
+        q, *new = _apart(qkv)
+        kept = _laid_out(new, PLAIN)
+        return _softmax(q, kept, mask, PLAIN), kept
 
-    attends = [partial(keep, before=before) for before in prefix]
+    attends = [partial(_attention, before=before, own=own) for before in prefix]
     x, caches = _run(cfg, params, tokens, offset + jnp.maximum(at, 0), attends)
     everywhere = spec(None, "heads", None, None)
     return {"x": jax.sharding.reshard(x[:, :, -1], spec(None, None)),
@@ -164,12 +165,7 @@ def decode(cfg: ModelConfig, params: Params, prefix: list, state: dict, table: d
     uniforms = jax.sharding.reshard(_uniforms(table, chunk), spec(None, None, "rows"))
     age, written, limit = (jax.sharding.reshard(table[name], spec("rows")) for name in ("age", "written", "limit"))
     head = model.head(params, state["x"].dtype)
-    size, layout = columns(state), _layout()
-
-    def write(q, k, v, before, caches, at, see):
-        caches = tuple(jax.lax.dynamic_update_slice_in_dim(cache, new, at, axes.index("S"))
-                       for cache, new, axes in zip(caches, _laid_out(k, v, layout), layout, strict=True))
-        return _attention(q, k.shape[2], before, partial(see, keys_values=caches)), caches
+    size = columns(state)
 
     def step(s):
         i, at = s["i"], (column + s["i"]) % size
@@ -177,8 +173,8 @@ def decode(cfg: ModelConfig, params: Params, prefix: list, state: dict, table: d
                             out_sharding=spec("vocab", "rows"))
         token, logp = _choose(jax.sharding.reshard(logits, spec(None, "rows")), uniforms[i],
                               temperature=temperature, top_p=top_p)
-        see = _softmax_of_ring(cfg, size, at, jnp.minimum(age + i, size - 1))
-        attends = [partial(write, before=before, caches=caches, at=at, see=see)
+        write_and_see = _of_ring(cfg, size, at, jnp.minimum(age + i, size - 1))
+        attends = [partial(_attention, before=before, own=partial(write_and_see, caches))
                    for before, caches in zip(prefix, s["caches"], strict=True)]
         x, caches = _run(cfg, params, token[:, None], (table["offset"] + age + i)[:, None], attends)
         done = s["done"] | (written + i + 1 >= limit) | jnp.any(token == jnp.array(stop_ids)[:, None], axis=0)
@@ -225,14 +221,14 @@ def _run(cfg: ModelConfig, params: Params, tokens, positions, attends) -> tuple:
 
 
 def _layer(cfg: ModelConfig, w: dict, x, rotate, attend) -> tuple:
-    """One layer of model.Layers."""
-    G, (D, F, KAH, CF) = cfg.N // cfg.K, map(_flow, ("D", "F", "KAH", "CF"))
+    """One layer of model.Layers; `attend` gets all that a head of keys has, rotated, [R T K G+2 H]."""
+    D, F, KAH, CF = map(_flow, ("D", "F", "KAH", "CF"))
     heads, narrow, wide = map(_split, (KAH, D, CF))
     qkv = jnp.einsum(f"KAHD,{D}->{KAH}", w["qkv"], _norm(x, w["attn_norm"], cfg.norm_eps), out_sharding=heads)
     qkv = jnp.einsum(f"{KAH}->RTKAH", qkv)
     qkv = qkv + w["qkv_bias"] if "qkv_bias" in w else qkv
-    q = qkv[:, :, :, :G].reshape(*qkv.shape[:2], cfg.N, cfg.H, out_sharding=spec("rows", None, "heads", None))
-    mixed, kept = attend(rotate(q), rotate(qkv[:, :, :, G]), qkv[:, :, :, G + 1])
+    is_value = jnp.arange(qkv.shape[3])[:, None] == qkv.shape[3] - 1
+    mixed, kept = attend(jnp.where(is_value, qkv, jax.vmap(rotate, 3, 3)(qkv)))  # in one pass
     y = jnp.einsum(f"DA,RTA->{D}", w["o"], mixed, out_sharding=narrow)
     x = x + (y + _along(w["o_bias"], D) if "o_bias" in w else y)
 
@@ -262,28 +258,32 @@ def _layout() -> tuple[str, str]:
     return LAYOUTS.get(mesh.platform(), PLAIN)
 
 
-def _laid_out(k, v, layout: tuple[str, str]) -> tuple:
-    return tuple(jnp.einsum(f"RSKH->{axes}", x) for x, axes in zip((k, v), layout, strict=True))
+def _apart(qkv) -> tuple:
+    """Queries [R K G T H], keys and values [R K T H] of [R T K G+2 H]."""
+    qkv = jnp.moveaxis(qkv, 1, 3)
+    return qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+
+
+def _laid_out(keys_values, layout: tuple[str, str]) -> tuple:
+    return tuple(jnp.einsum(f"RKSH->{axes}", x) for x, axes in zip(keys_values, layout, strict=True))
 
 
 def _split(axes: str):
     return spec(*map(AXES.get, axes))
 
 
-def _attention(q, K: int, before: tuple, own):
-    """Attend [R T N H] to what all rows have before them, and to what each has of its own.
+def _attention(qkv, before: tuple, own) -> tuple:
+    """Attend, from [R T K G+2 H], to what all rows have before them, and to what each has of its own.
 
-    A part of what all have is keys and values, PLAIN without R, and a mask; `own` is the `_softmax` over the rest. One
-    softmax over all, divided by its sum at the end. Returns [R T N*H].
+    A part of what all have is keys and values, PLAIN without R, and a mask; `own` gives the `_softmax` over the rest,
+    and what is kept. One softmax over all, divided by its sum at the end. Returns [R T N*H], and what is kept.
     """
-    R, T, N, H = q.shape
-    grouped = q.reshape(R, T, K, N // K, H, out_sharding=spec("rows", None, "heads", None, None))
-    grouped = jnp.moveaxis(grouped, 1, 3)
-    parts = [_softmax(grouped, (keys, values), mask, [axes[1:] for axes in PLAIN]) for keys, values, mask in before]
-    parts.append(own(grouped))
-    mixed, total = _together(parts) if before else parts[0][::2]
-    mixed = jnp.moveaxis((mixed / total[..., None]).astype(q.dtype), 3, 1)
-    return mixed.reshape(R, T, N * H, out_sharding=spec("rows", None, "heads"))
+    part, kept = own(qkv)
+    parts = [_softmax(_apart(qkv)[0], (keys, values), mask, [axes[1:] for axes in PLAIN])
+             for keys, values, mask in before]
+    mixed, total = _together([*parts, part]) if before else part[::2]
+    mixed = jnp.moveaxis((mixed / total[..., None]).astype(qkv.dtype), 3, 1)
+    return mixed.reshape(*mixed.shape[:2], -1, out_sharding=spec("rows", None, "heads")), kept
 
 
 def _together(parts: list) -> tuple:
@@ -308,19 +308,27 @@ def _softmax(q, keys_values, mask, layout) -> tuple:
     return mixed, top, jnp.sum(weights, axis=-1)
 
 
-def _softmax_of_ring(cfg: ModelConfig, size: int, at, age):
-    """The `_softmax` over the columns of a ring that end with `at`, age + 1 of them for every row."""
+def _of_ring(cfg: ModelConfig, size: int, at, age):
+    """What writes a token into column `at` of its ring and gives the `_softmax` over it and the `age` before it."""
     if mesh.platform() == "gpu" and cfg.H in flash.HEADS:
         return partial(_by_flash, at=at, age=age)
-    mask = ((at - jnp.arange(size)) % size <= age[:, None])[:, None, None, None]
-    return partial(_softmax, mask=mask, layout=_layout())
+    layout, mask = _layout(), ((at - jnp.arange(size)) % size <= age[:, None])[:, None, None, None]
+
+    def write_and_see(caches, qkv):
+        q, *new = _apart(qkv)
+        caches = tuple(jax.lax.dynamic_update_slice_in_dim(cache, own, at, axes.index("S"))
+                       for cache, own, axes in zip(caches, _laid_out(new, layout), layout, strict=True))
+        return _softmax(q, caches, mask, layout), caches
+
+    return write_and_see
 
 
-def _by_flash(q, keys_values, at, age):
-    of_head = spec("rows", "heads", None, None)
-    of_ring = jax.shard_map(flash.of_ring, in_specs=(of_head, of_head, of_head, spec(), spec("rows")),
-                            out_specs=(of_head, *[spec("rows", "heads", None)] * 2), check_vma=False)
-    return tuple(x[:, :, :, None] for x in of_ring(q[:, :, :, 0], *keys_values, at, age))
+def _by_flash(caches, qkv, at, age):
+    rows, ring = spec("rows", "heads", None), spec("rows", "heads", None, None)
+    attend = jax.shard_map(flash.of_ring, in_specs=(ring, ring, ring, spec(), spec("rows")),
+                           out_specs=(ring, rows, ring, ring), check_vma=False)
+    mixed, logsumexp, *caches = attend(qkv[:, 0], *caches, at, age)
+    return (mixed[:, :, :, None], logsumexp[..., None], jnp.ones_like(logsumexp)[..., None]), tuple(caches)
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
