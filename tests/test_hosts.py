@@ -146,13 +146,18 @@ def test_two_processes_train_as_one_does(one, tmp_path, mesh, devices, program):
     assert all(references[0][name] == pytest.approx(logps, abs=1e-4) for name, logps in references[1].items())
 
 
-def test_a_host_that_dies_is_told_and_the_run_continues_on_one(one, tmp_path):
+@pytest.mark.parametrize("host", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_host_that_dies_is_told_and_the_run_continues_on_one(one, tmp_path, host):
     run = tmp_path / "run"
-    (status, output), (victim, _) = on_two(run, **ending(1, 6, "SIGKILL"))
+    ended = on_two(run, **ending(host, 6, "SIGKILL"))
+    (victim, _), ((status, output),) = ended.pop(host), ended
     assert time.time() - (run / "metrics.jsonl").stat().st_mtime < 90  # of the last step that both took
     assert victim == -signal.SIGKILL
-    assert status == 1 and "error: host 0 of 2 has lost another one: " in output, output
-    assert "start the same command on every host again: it continues from what was saved last" in output
+    if status != -signal.SIGABRT or host:  # without the first host jax may end the other itself
+        assert status == 1 and f"error: host {1 - host} of 2 has lost another one: " in output, output
+        assert "start the same command on every host again: it continues from what was saved last" in output
+    else:
+        assert "This most likely indicates that another task died" in output
     assert not (run / "hf").exists()
     output = finished(train(run, EIGHT, hosts=1, devices=8))
     assert re.search("continuing after step 4", output)
