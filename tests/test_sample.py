@@ -126,7 +126,7 @@ def test_batch_and_chunk_change_no_sample(settings, expected, one_device):
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_what_a_gpu_runs_changes_no_sample(shape, qwen, monkeypatch):
-    """Interpreted: rings by flash.py, activations with their features last, several steps between two looks."""
+    """Interpreted: whole rings by flash.py, activations with features last, several steps between two looks."""
     def written(prompts):
         jax.clear_caches()  # what was compiled for another platform
         limits = {name: 5 + 9 * i for i, (name, _) in enumerate(prompts)}
@@ -137,7 +137,9 @@ def test_what_a_gpu_runs_changes_no_sample(shape, qwen, monkeypatch):
     alike = [(name, "x = 1\n" * 40 + prompt) for name, prompt in prompts]  # with a common start
     expected, calls = [written(prompts), written(alike)], []
     of_ring = slots.flash.of_ring
-    monkeypatch.setattr(slots, "mesh", SimpleNamespace(platform=lambda: "gpu"))
+    on_gpu = SimpleNamespace(**vars(mesh) | {"platform": lambda: "gpu"})
+    for module in (decode, slots):
+        monkeypatch.setattr(module, "mesh", on_gpu)
     monkeypatch.setattr(slots.flash, "of_ring", lambda *args: calls.append(0) or of_ring(*args))
     try:
         assert [written(prompts), written(alike)] == expected and calls
@@ -291,7 +293,7 @@ def test_limits_of_their_own_cut_the_same_samples(batch_size, chunk, expected, o
             assert mine.finish == ("stop" if mine.ids[-1] == 2 else "length")
 
 
-def test_a_ring_has_one_of_few_sizes():
+def test_a_ring_has_one_of_few_sizes(one_device):
     sizes = [decode._columns(needed, 2000) for needed in (0, 128, 129, 257, 384, 385, 513, 769, 1025, 1537, 2000)]
     assert sizes == [128, 128, 256, 384, 384, 512, 768, 1024, 1536, 2000, 2000]
 
