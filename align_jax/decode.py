@@ -117,7 +117,8 @@ def sample(sampler: Sampler, prompts: Sequence[tuple[str, Text]], *, n: int = 1,
                     **{f"limits[{name!r}]": limit for name, limit in limits.items()})
     asked = sorted(_encode(sampler, prompts, limits, max_tokens), key=lambda p: (-p.limit, len(p.ids)))
     sampler.work = work = Work()
-    settings = {"temperature": temperature, "top_p": top_p, "stop_ids": sampler.stop_ids, "chunk": chunk}
+    settings = {"temperature": temperature, "top_p": top_p, "stop_ids": sampler.stop_ids, "chunk": chunk,
+                "look": slots.before_a_look(max((p.limit for p in asked), default=1))}
     return _answers(sampler, work, asked, n, min(batch_size, n * len(asked)), stops, seed, settings)
 
 
@@ -176,7 +177,8 @@ def _answers(sampler: Sampler, work: Work, asked: list[_Prompt], n: int, batch_s
     while left or any(running):
         fresh = _fill(running, waiting)
         left -= len(fresh)
-        state, column = _fit(state, column, max(slot.columns(settings["chunk"]) for slot in running if slot), most)
+        needed = max(slot.columns(settings["chunk"]) for slot in running if slot)
+        state, column = _fit(sampler, state, column, needed, most)
         state = _admit(state, column, fresh)
         enough = min(max(M // FREE_SHARE, 1), left) or M
         state, *written = slots.decode(sampler.cfg, sampler.params, prefix, state, _table(running, offset, seed),
@@ -237,24 +239,22 @@ def _fill(running: list[_Slot | None], waiting: Iterator) -> list[tuple[int, dic
     return fresh
 
 
-def _fit(state: dict, column: int, needed: int, most: int) -> tuple[dict, int]:
+def _fit(sampler: Sampler, state: dict, column: int, needed: int, most: int) -> tuple[dict, int]:
     """Let the ring have the columns that are needed, and few more, for every step reads all of them.
 
-    It shrinks when long answers end: that costs a step or two, and if it has not been of that size a compilation.
+    It shrinks when long answers end: that costs a step or two, and if it has not been of that size a compilation. Not
+    where a step reads only what its slots see; there a column too many costs nothing but memory.
     """
     ring, fitting = slots.columns(state), _columns(needed, most)
-    if fitting == ring:
+    if fitting == ring or fitting < ring and slots.reads_what_is_seen(sampler.cfg):
         return state, column % ring
     slots.resize(state, np.int32(column), ring=fitting)
     return state, 0
 
 
 def _columns(needed: int, most: int) -> int:
-    """The size of a ring, 128, 256, 384, 512, 768, ...: for each there is a compilation.
-
-    On a GPU it has all columns at once: a step reads only what its slots see.
-    """
-    return _up(most, 64) if mesh.platform() == "gpu" else min(_up(_padded(needed), 128), most)
+    """The size of a ring, 128, 256, 384, 512, 768, ...: for each there is a compilation."""
+    return min(_up(_padded(needed), 128), most)
 
 
 def _admit(state: dict, column: int, fresh: list[tuple[int, dict, int]]) -> dict:

@@ -294,8 +294,8 @@ def report(fit: Fit) -> str:
     lines += [f"{fit.total / GIB:9.2f}  in all, {fit.total / fit.capacity:.0%} of {fit.capacity / GIB:.2f}"]
     lines += [f"{fit.host / GIB:9.2f}  of the host's memory"] if fit.host else []
     lines += ["seconds a step", f"{fit.at_peak:9.3f}  at the peak of all chips, {fit.flops:.3g} FLOPs"]
-    if fit.seconds:
-        lines += [f"{fit.seconds:9.3f}  computing, as the compiler expects it, {fit.at_peak / fit.seconds:.0%} of peak"]
+    lines += [f"{fit.seconds:9.3f}  computing, as the compiler expects it, {fit.at_peak / fit.seconds:.0%} of peak"
+              if fit.seconds else "        –  computing: the compiler says no time for a GPU, nor of what it refuses"]
     return "\n".join([*lines, f"compiled in {fit.compiling:.0f} s"])
 
 

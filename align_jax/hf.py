@@ -17,6 +17,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -197,14 +198,19 @@ def _extra(name: str, stored: dict[str, Stored | None]) -> list[str]:
 
 
 def _arrays(cfg: ModelConfig, stored: dict[str, Stored], order: list[Tensor]) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Give each tensor in our layout, as a view of its file."""
-    for tensor in tensorfile.tidily(tqdm(order, "load", unit="tensor", disable=None)):
+    """Give each tensor in our layout, as a view of its file; the disk reads the next one meanwhile."""
+    def here(tensor: Tensor) -> np.ndarray:
         if tensor.name in stored:
-            array = _rearrange(cfg, stored[tensor.name].array(), tensor.pattern)
-        else:
-            array = stored[tensor.path].array()
-            array = array if tensor.layer is None else array[tensor.layer]
-        yield tensor, array
+            return stored[tensor.name].array()
+        array = stored[tensor.path].array()
+        return array if tensor.layer is None else array[tensor.layer]
+
+    steps = list(itertools.pairwise([*order, order[-1]]))
+    with ThreadPoolExecutor(1) as aside:
+        for tensor, following in tensorfile.tidily(tqdm(steps, "load", unit="tensor", disable=None)):
+            aside.submit(tensorfile.touch, here(following))
+            array = here(tensor)
+            yield tensor, _rearrange(cfg, array, tensor.pattern) if tensor.name in stored else array
 
 
 def _place(stack: jax.Array | None, array: np.ndarray, layer: int | None, leaf) -> jax.Array:
@@ -258,8 +264,9 @@ def export(cfg: ModelConfig, params: Params, folder: str | Path, *, like: str | 
     _check_params(cfg, flat)
     dtype = jnp.dtype(dtype or params["embed"].dtype)
     files = _split(cfg, dtype.itemsize, max_shard_gb * 1e9)
-    gathered = (_gather(cfg, flat[tensor.path], tensor, dtype)
-                for tensor in tqdm(tensors(cfg), "export", unit="tensor", disable=None))
+    made = (_theirs(cfg, flat[tensor.path], tensor, dtype)
+            for tensor in tqdm(tensors(cfg), "export", unit="tensor", disable=None))
+    gathered = (multihost_utils.process_allgather(x, tiled=True) for x in _ahead(made))
     with _new_folder(folder) as scratch:
         _companions(cfg, scratch, like, dtype)
         weight_map = {}
@@ -297,11 +304,16 @@ def _split(cfg: ModelConfig, itemsize: int, limit: float) -> list[list[Tensor]]:
     return files
 
 
-def _gather(cfg: ModelConfig, leaf: jax.Array, tensor: Tensor, dtype) -> np.ndarray:
-    """Bring a tensor to every host; the devices have rearranged it, as numpy takes ten times as long."""
+def _theirs(cfg: ModelConfig, leaf: jax.Array, tensor: Tensor, dtype) -> jax.Array:
+    """A tensor in HF's layout; the devices rearrange it, as numpy takes ten times as long."""
     theirs, ours = tensor.pattern.split(" -> ")
-    x = _rearrange(cfg, _layer(leaf, tensor.layer, dtype), f"{ours} -> {theirs}")
-    return multihost_utils.process_allgather(x, tiled=True)
+    return _rearrange(cfg, _layer(leaf, tensor.layer, dtype), f"{ours} -> {theirs}")
+
+
+def _ahead(arrays: Iterator[jax.Array]) -> Iterator[jax.Array]:
+    """The same arrays; the devices make each one while the one before it is fetched and written."""
+    for array, _ in itertools.pairwise(itertools.chain(arrays, [None])):
+        yield array
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

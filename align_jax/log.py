@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 TERMINATED = 128 + signal.SIGTERM  # exit status of a run that SIGTERM ended, all saved
-LOST = ("Gloo", "closed by peer", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "heartbeat")  # in jax's errors
+LOST = ("Gloo", "NCCL", "closed by peer", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "heartbeat")  # in jax's errors
 PLAIN = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"  # a bar in a file
 
 

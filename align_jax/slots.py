@@ -5,8 +5,8 @@ and needs no scatter. A slot sees the columns no older than its own tokens: admi
 current column. What all prompts begin with is kept once for all slots. Only a ring of another size is recompiled for.
 
 Weights have a row for every output and activations are [D R T], features first: on a CPU a fifth faster than the
-training layout for the few rows that a step has. On a GPU they are [R T D], and a kernel reads of a ring only what its
-slot sees.
+training layout for the few rows that a step has. On a GPU they are [R T D], and a kernel writes a ring's new column and
+reads only what its slot sees.
 """
 
 import math
@@ -25,7 +25,6 @@ LAYOUTS = {
     "tpu": ("SKHR", "SKHR"),  # what XLA wants there; any other it would copy whole at both ends of `decode`
     "gpu": ("RKSH", "RKSH"),  # what flash.py reads, and a column is written at once
 }
-BEFORE_A_LOOK = {"gpu": 8}  # steps; a loop with an end in the data lets the GPU wait for the host at each of its turns
 
 
 def prepare(cfg: ModelConfig, params: Params, *, keep: bool = True) -> Params:
@@ -153,10 +152,23 @@ def _put(ring, axes: str, new, new_axes: str, which, column):
     return ring
 
 
-@partial(jax.jit, static_argnames=("cfg", "temperature", "top_p", "stop_ids", "chunk"), donate_argnums=3)
+def reads_what_is_seen(cfg: ModelConfig) -> bool:
+    """Whether a step reads of a ring what each slot sees, by a kernel, and not all columns."""
+    return mesh.platform() == "gpu" and cfg.H in flash.HEADS
+
+
+def before_a_look(limit: int) -> int:
+    """Steps between two looks at who has ended, a sixteenth of the longest answer.
+
+    For a loop with an end in the data lets a GPU wait for the host at each of its turns; others look always.
+    """
+    return 2 ** min(3, max(limit // 16, 1).bit_length() - 1) if mesh.platform() == "gpu" else 1
+
+
+@partial(jax.jit, static_argnames=("cfg", "temperature", "top_p", "stop_ids", "chunk", "look"), donate_argnums=3)
 def decode(cfg: ModelConfig, params: Params, prefix: list, state: dict, table: dict, column, enough, *,
-           temperature: float, top_p: float, stop_ids: tuple[int, ...], chunk: int):
-    """Decode `chunk` steps, or until `enough` slots have nothing to do, which a GPU looks for every few steps.
+           temperature: float, top_p: float, stop_ids: tuple[int, ...], chunk: int, look: int = 1):
+    """Decode `chunk` steps, or until `enough` slots have nothing to do, which is looked for every `look` steps.
 
     `table` says of every slot [M] its `key` words (seed, name, k), the tokens it has seen (`age` in its ring,
     `offset` before), those it has written, and its `limit`; one that has reached it does nothing.
@@ -185,7 +197,7 @@ def decode(cfg: ModelConfig, params: Params, prefix: list, state: dict, table: d
     blank = partial(jnp.zeros, (chunk, len(age)), out_sharding=spec(None, "rows"))
     start = state | {"i": jnp.int32(0), "done": written >= limit, "tokens": blank(jnp.int32) - 1,
                      "logps": blank(jnp.float32)}
-    steps = math.gcd(chunk, BEFORE_A_LOOK.get(mesh.platform(), 1))
+    steps = math.gcd(chunk, look)
     end = jax.lax.while_loop(lambda s: (s["i"] < chunk) & (jnp.sum(s["done"]) < enough),
                              lambda s: jax.lax.fori_loop(0, steps, lambda _, s: step(s), s), start)
     return {"x": end["x"], "caches": end["caches"]}, end["tokens"], end["logps"], end["i"]
@@ -310,7 +322,7 @@ def _softmax(q, keys_values, mask, layout) -> tuple:
 
 def _of_ring(cfg: ModelConfig, size: int, at, age):
     """What writes a token into column `at` of its ring and gives the `_softmax` over it and the `age` before it."""
-    if mesh.platform() == "gpu" and cfg.H in flash.HEADS:
+    if reads_what_is_seen(cfg):
         return partial(_by_flash, at=at, age=age)
     layout, mask = _layout(), ((at - jnp.arange(size)) % size <= age[:, None])[:, None, None, None]
 
@@ -324,6 +336,7 @@ def _of_ring(cfg: ModelConfig, size: int, at, age):
 
 
 def _by_flash(caches, qkv, at, age):
+    """The same by a kernel, whose output is divided by the weights' sum already: a largest logit that has it, and 1."""
     rows, ring = spec("rows", "heads", None), spec("rows", "heads", None, None)
     attend = jax.shard_map(flash.of_ring, in_specs=(ring, ring, ring, spec(), spec("rows")),
                            out_specs=(ring, rows, ring, ring), check_vma=False)

@@ -26,7 +26,7 @@ from align_jax.synth import pairs, pipeline, verify
 from align_jax.train import check as check_recipe
 from align_jax.train import train
 
-FREE = ("run", "mesh", "evalplus.parallel", "evalplus.timeout",  # settings that change no number
+FREE = ("run", "mesh", "sampling_mesh", "evalplus.parallel", "evalplus.timeout",  # settings that change no number
         *(f"pairs.synth.{name}" for name in pipeline.FREE))
 
 
@@ -106,7 +106,8 @@ def factory(c: Mapping, folder: Path, settings: Mapping) -> dict:
     own = c["pairs"]["synth"]
     shared = folder if own["docstrings"]["ask"] else folder.parent
     kept_out = dict.fromkeys((*own["seeds"]["benchmarks"], *filter(None, [c["benchmark"]["path"]])))
-    return own | {"run": str(folder), "start": settings["model"], "seed": c["seed"], "mesh": c["mesh"], "stages": "all",
+    return own | {"run": str(folder), "start": settings["model"], "seed": c["seed"], "stages": "all",
+                  "mesh": c["sampling_mesh"],
                   "seeds": own["seeds"] | {"run": own["seeds"]["run"] or str(shared / "seeds"),
                                            "benchmarks": [*kept_out]},
                   "response": own["response"] | {"prompt": settings["prompt"]},
@@ -178,7 +179,7 @@ def answer(c: Mapping, path: Path, model: Path, chat: bool, book: Path) -> None:
 def respond(c: Mapping, path: Path, model: Path, problems: Sequence[Problem], chat: bool, *, batch_size: int,
             **settings) -> dict:
     """A model answers problems into `path`; return the counts for the book."""
-    with jax.set_mesh(mesh.make(**c["mesh"])):
+    with jax.set_mesh(mesh.make(**c["sampling_mesh"])):
         samples = to_file(path, engine.make("local", model, dtype=c["sampling_dtype"], batch_size=batch_size),
                           {p.task_id: evalplus.prompt(p, chat=chat) for p in problems}, seed=c["seed"], **settings)
     return {"in": len(problems), "out": len({s.task_id for s in samples}), "dropped": {}, "samples": len(samples),

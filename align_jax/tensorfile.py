@@ -45,6 +45,11 @@ def read(path: Path) -> dict[str, Stored]:
             for name, said in header.items() if name != "__metadata__"}
 
 
+def touch(array: np.ndarray) -> None:
+    """Have the pages of a mapped array read: what comes to use it does not wait for the disk."""
+    array.reshape(-1).view(np.uint8)[::mmap.PAGESIZE].sum()
+
+
 def write(path: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, arrays: Iterable[np.ndarray]) -> None:
     """Write the tensors, each while the next one is made. All processes make them, the first one writes.
 

@@ -68,6 +68,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "evalplus": {"parallel": 2, "min_time_limit": 0.5},
         "sampling_dtype": "float32",
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+        "sampling_mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # as in configs/sample.py
     })
     return c
 

@@ -4,7 +4,8 @@
         --config.starts.pretrained.model=/models/deepseek-coder-1.3b-base \\
         --config.starts.instruct.model=/models/deepseek-coder-1.3b-instruct
 
-Hardware: an accelerator that trains the model whole (configs/dpo.py), and CPU cores for the programs. Pairs are made as
+Hardware: an accelerator that trains the model whole (configs/dpo.py), and CPU cores for the programs. To sample, every
+device holds the model (`mesh` is for training); where that is too much, `--config.sampling_mesh.tensor=8`. Pairs are made as
 in configs/synth.py; `--config.pairs.synth.seeds.source.path` names where seeds come from, and `.seeds.run` is shared by
 both models. Learning rates are those of configs/{sft,dpo,bonbon}.py. `:smoke` is that of configs/quickstart.py.
 """

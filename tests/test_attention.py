@@ -213,12 +213,17 @@ def test_cudnn_takes_our_shapes(one_device, monkeypatch):
         assert line.count("tensor<2x2048x8x128xbf16>") >= 2 and "tensor<2x1x2048x2048xbf16>" in line
 
 
-def test_triton_takes_our_shapes(one_device, monkeypatch):
-    """Lowered for CUDA without a GPU: Triton's kernels, nothing of [T T], no use for a second forward pass."""
-    monkeypatch.setattr(flash, "mesh", SimpleNamespace(platform=lambda: "gpu"))  # not interpreted
+def on_a_gpu_of_nobody(monkeypatch):
+    """Kernels are lowered for a GPU and not interpreted."""
+    monkeypatch.setattr(flash, "mesh", SimpleNamespace(platform=lambda: "gpu"))
     if find_spec("jax._src.pallas.triton.gpu_info"):  # jax 0.11 asks which GPU it is for
         from jax._src.pallas.triton import gpu_info
         monkeypatch.setattr(gpu_info, "get_gpu_info", lambda *_: SimpleNamespace(compute_capability=90))
+
+
+def test_triton_takes_our_shapes(one_device, monkeypatch):
+    """Lowered for CUDA without a GPU: Triton's kernels, nothing of [T T], no use for a second forward pass."""
+    on_a_gpu_of_nobody(monkeypatch)
     keep = jax.checkpoint_policies.save_only_these_names(attention.SAVED)
     grad, shapes = grad_of_layers("triton", 2048, dtype="bfloat16", policy=keep, shape=(2, 32, 8, 128))
     with jax.default_matmul_precision("default"):
@@ -229,11 +234,21 @@ def test_triton_takes_our_shapes(one_device, monkeypatch):
     assert "2048x2048" not in lowered
 
 
-def ring_is_the_formula(dtype: str, rtol: float):
+def test_a_ring_is_written_in_place(one_device, monkeypatch):
+    """Lowered for CUDA without a GPU: the rings that come out are those that went in."""
+    on_a_gpu_of_nobody(monkeypatch)
+    of = lambda *shape, dtype="bfloat16": jax.ShapeDtypeStruct(shape, dtype)
+    shapes = [of(128, 8, 6, 128), *[of(128, 8, 320, 128)] * 2, of(dtype="int32"), of(128, dtype="int32")]
+    with jax.default_matmul_precision("default"):
+        lowered = jax.jit(flash.of_ring).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert re.findall(r"output_tuple_indices = \[(\d)\], operand_index = (\d)", lowered) == [("2", "3"), ("3", "4")]
+
+
+def ring_is_the_formula(dtype: str, rtol: float, H: int = 64):
     """Slots of every age, in rings whose newest column is anywhere, groups that are no power of two."""
     rng = np.random.default_rng(0)
     for G, S in ((1, 96), (3, 128), (7, 64)):
-        qkv, *caches = (rng.standard_normal((16, 2, n, 64)) for n in (G + 2, S, S))
+        qkv, *caches = (rng.standard_normal((16, 2, n, H)) for n in (G + 2, S, S))
         for column in (0, 40, S - 1):
             age = rng.integers(0, S, 16).astype(np.int32)
             age[:2] = 0, S - 1
@@ -247,7 +262,7 @@ def ring_is_the_formula(dtype: str, rtol: float):
             np.testing.assert_array_equal(new_keys, keys)
             np.testing.assert_array_equal(new_values, values)
             seen = (column - np.arange(S)) % S <= age[:, None]
-            logits = np.where(seen[:, None, None], np.einsum("RKGH,RKSH->RKGS", q, keys) / 8, -np.inf)
+            logits = np.where(seen[:, None, None], np.einsum("RKGH,RKSH->RKGS", q, keys) * H**-0.5, -np.inf)
             weights = np.exp(logits - logits.max(-1, keepdims=True))
             expected = np.einsum("RKGS,RKSH->RKGH", weights / weights.sum(-1, keepdims=True), values)
             assert np.abs(mixed - expected).max() <= rtol * np.abs(expected).max()
@@ -272,7 +287,8 @@ with jax.set_mesh(mesh.make(1, 1, 1, devices=jax.devices()[:1])):
     for impl in ("triton", "cudnn"):
         t.assert_close(t.run(impl, *rows, *inputs, dtype="bfloat16"), t.dense(*rows, *inputs), 2e-2)
     t.ring_is_the_formula("float32", 1e-5)
-    t.ring_is_the_formula("bfloat16", 2e-2)
+    for H in (64, 128):
+        t.ring_is_the_formula("bfloat16", 2e-2, H)
 """
 
 

@@ -126,7 +126,7 @@ def test_batch_and_chunk_change_no_sample(settings, expected, one_device):
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_what_a_gpu_runs_changes_no_sample(shape, qwen, monkeypatch):
-    """Interpreted: whole rings by flash.py, activations with features last, several steps between two looks."""
+    """Interpreted: rings by flash.py, activations with their features last, several steps between two looks."""
     def written(prompts):
         jax.clear_caches()  # what was compiled for another platform
         limits = {name: 5 + 9 * i for i, (name, _) in enumerate(prompts)}
@@ -293,7 +293,7 @@ def test_limits_of_their_own_cut_the_same_samples(batch_size, chunk, expected, o
             assert mine.finish == ("stop" if mine.ids[-1] == 2 else "length")
 
 
-def test_a_ring_has_one_of_few_sizes(one_device):
+def test_a_ring_has_one_of_few_sizes():
     sizes = [decode._columns(needed, 2000) for needed in (0, 128, 129, 257, 384, 385, 513, 769, 1025, 1537, 2000)]
     assert sizes == [128, 128, 256, 384, 384, 512, 768, 1024, 1536, 2000, 2000]
 
@@ -319,9 +319,15 @@ def test_the_layout_of_another_platform_gives_the_same_samples(monkeypatch, expe
     assert ids_of(got) == {name: [ids[:SPREAD[name]] for ids in rows] for name, rows in ids_of(expected).items()}
 
 
-def test_slots_stay_busy_while_long_and_short_answers_mix(one_device):
+@pytest.mark.parametrize("platform, least, apart", [("cpu", 4, 11), ("gpu", 4, 11), ("gpu", 8, 3), ("gpu", 4, 1)])
+def test_slots_stay_busy_while_long_and_short_answers_mix(platform, least, apart, one_device, monkeypatch):
+    """Also where it is looked for ended answers as seldom as on a GPU."""
+    with monkeypatch.context() as there:
+        there.setattr(slots, "mesh", SimpleNamespace(platform=lambda: platform))
+        look = slots.before_a_look(least + 11 * apart)
+    monkeypatch.setattr(slots, "before_a_look", lambda limit: look)
     who = dataclasses.replace(sampler(), stop_ids=(-1,))  # nothing ends but by its limit
-    limits = {name: 4 + 11 * i for i, (name, _) in enumerate(PROMPTS)}
+    limits = {name: least + apart * i for i, (name, _) in enumerate(PROMPTS)}
     answers = drawn(who=who, n=8, limits=limits, batch_size=16)
     assert all(len(c.ids) == limits[name] for name, completions in answers.items() for c in completions)
     assert who.work.tokens == 8 * sum(limits.values()) and who.work.seconds > 0

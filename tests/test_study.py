@@ -325,6 +325,7 @@ def test_the_quickstart_config_fits_the_functions_that_take_it(arg):
     fits(decode.sample, None, None, n=1, temperature=0.0, stops=(), seed=0, **c["benchmark"]["sampling"])
     fits(evalplus.score, {}, "", "", path="", wrap=(), **c["evalplus"])
     fits(mesh.make, **c["mesh"])
+    fits(mesh.make, **c["sampling_mesh"])
     fits(hf.load, "", dtype=c["sampling_dtype"])
     for stage, recipe in c["train"].items():
         assert set(recipe) == {"rule", "steps", "data", "objective", "optim", "lora", "compute", "ckpt"}, stage

@@ -69,7 +69,8 @@ PEERS = {  # case -> what is compared, and the peers: (environment, script, argu
     "spread": ("new_tokens_per_s", {
         "transformers": ("transformers", "hf_generate.py", "--prompts 4 --n 8 --new 512")}),
     "overhead": ("device_share", {}),
-    "accelerator_sft": ("real_tokens_per_s", {}),
+    "accelerator_sft": ("real_tokens_per_s", {
+        "TRL": ("trl", HERE / "bench_trl.py", "{shape} --goal sft --rank {rank} {trl}")}),
     "accelerator_dpo": ("real_tokens_per_s", {
         "TRL": ("trl", HERE / "bench_trl.py", "{shape} --rank {rank} {trl}")}),
     "accelerator_decode": ("share_of_bandwidth", {}),
@@ -308,13 +309,15 @@ def compare(case: str) -> dict:
         print(f"{case:18} {name:28} left out: {why}", flush=True)
     found = {name: [] for name in commands}
     for name in log.progress([*commands] * _ROUNDS.value, what=case, unit="run"):
+        if name in absent:
+            continue
         try:
             found[name].append(run(commands[name]))
         except RuntimeError as error:
+            if name == "align_jax":
+                raise SystemExit(f"error: {error}") from None
             absent[name] = str(error)
             print(f"{case:18} {name:28} left out: {error}", flush=True)
-    if "align_jax" in absent:
-        raise SystemExit(f"error: {absent['align_jax']}")
     found = {name: runs for name, runs in found.items() if name not in absent}
     measure = PEERS[case][0]
     if case == "spread" and "transformers" in found:
