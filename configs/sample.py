@@ -11,8 +11,8 @@ text or chat messages, and may have `id` and a `max_tokens` of its own. `--confi
 `batch_size` counts the slots, sequences decoded at once: raise it until the memory is full. Each of them has columns
 for the longest prompt and answer under way: of deepseek-coder-1.3b 0.2 MB a token, of CodeLlama-7b 0.5. The bar and the
 last lines say how many tokens a second were written and how busy the slots were. `configs/sample.py:smoke` takes half a
-minute on a CPU; there `JAX_NUM_CPU_DEVICES=2` before the command and `--config.mesh.tensor=2` behind it, a device a core, make
-sampling faster, and so for any number that divides the model's key-value heads.
+minute on a CPU; there `JAX_NUM_CPU_DEVICES=2` before the command and `--config.mesh.tensor=2` behind it, a device a
+core, make sampling faster, and so for any number that divides the model's key-value heads.
 """
 
 from ml_collections import ConfigDict

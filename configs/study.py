@@ -5,9 +5,10 @@
         --config.starts.instruct.model=/models/deepseek-coder-1.3b-instruct
 
 Hardware: an accelerator that trains the model whole (configs/dpo.py), and CPU cores for the programs. To sample, every
-device holds the model (`mesh` is for training); where that is too much, `--config.sampling_mesh.tensor=8`. Pairs are made as
-in configs/synth.py; `--config.pairs.synth.seeds.source.path` names where seeds come from, and `.seeds.run` is shared by
-both models. Learning rates are those of configs/{sft,dpo,bonbon}.py. `:smoke` is that of configs/quickstart.py.
+device holds the model (`mesh` is for training); where that is too much, `--config.sampling_mesh.tensor=8`. Pairs are
+made as in configs/synth.py; `--config.pairs.synth.seeds.source.path` names where seeds come from, and `.seeds.run` is
+shared by both models. Learning rates are those of configs/{sft,dpo,bonbon}.py. `:smoke` is that of
+configs/quickstart.py.
 """
 
 from ml_collections import ConfigDict
