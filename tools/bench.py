@@ -16,7 +16,8 @@ The accelerator cases need a GPU or TPU with room for the shape (full training o
 7B 120 GB with mixed; with --rank=16 5 and 20 GB) and, for TRL, an environment with torch, trl and liger-kernel (and
 peft for --rank); --trl="--batch 16 --checkpointing" makes it smaller. A peer that fails is left out, and says why.
 They report MFU: FLOPs of the matrices and of attention under the diagonal, counted once, without those of remat, by the
-chip's dense bf16 peak. Decoding is measured by the bytes of the weights and of every slot's cache, its prompt included.
+chip's dense bf16 peak. Decoding is measured by the bytes of the weights and of every slot's cache, its prompt included:
+all that `generate` does, and a step alone at the mean of the lengths.
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from align_jax import data, decode, fit, hf, hf_config, log, lora, mesh, model, optim, records, text, train
+from align_jax import data, decode, fit, hf, hf_config, log, lora, mesh, model, optim, records, slots, text, train
 from align_jax.step import Compute, TrainState, make_scorer, make_step, objective
 
 _CASES = flags.DEFINE_list("cases", ["dpo", "generate", "spread"], "which of the cases")
@@ -194,13 +195,30 @@ def accelerator_decode() -> dict:
         for _ in range(2):
             list(sampler.generate([(str(i), t) for i, t in enumerate(texts)], n=8, max_tokens=_NEW.value))
         weights = 2 * (cfg.num_params - cfg.V * cfg.D * (not cfg.tied))
-    half = _NEW.value / 2  # of the answer, in the mean
-    lengths = [len(text.encode_prompt(sampler.tokenizer, t)) + half for t in texts]
-    caches = 2 * 2 * cfg.L * cfg.K * cfg.H * 8 * sum(lengths)
-    steps_per_s = sampler.work.rate / 128
-    read = weights + caches / jax.device_count()  # the weights by every device
-    return {"new_tokens_per_s": sampler.work.rate, "bytes_per_step": read,
-            "share_of_bandwidth": steps_per_s * read / _chip().bandwidth}
+        half = _NEW.value / 2  # of the answer, in the mean
+        seen = statistics.mean(len(text.encode_prompt(sampler.tokenizer, t)) + half for t in texts)
+        alone = _decode_step(sampler, round(seen))
+    read = weights + 2 * 2 * cfg.L * cfg.K * cfg.H * 128 * seen / jax.device_count()  # the weights by every device
+    limit = read / _chip().bandwidth
+    return {"new_tokens_per_s": sampler.work.rate, "bytes_per_step": read, "tokens_seen": seen, "step_s": alone,
+            "share_of_bandwidth": limit * sampler.work.rate / 128, "share_of_bandwidth_in_steps": limit / alone}
+
+
+def _decode_step(sampler: decode.Sampler, seen: int) -> float:
+    """Seconds of a step whose slots all see so many tokens, without what the host does between chunks of steps."""
+    cfg, M, chunk = sampler.cfg, sampler.batch_size, 32
+    state = slots.empty(cfg, slots=M, ring=64 * math.ceil((seen + chunk) / 64), dtype=sampler.params["embed"].dtype)
+    age, same, zeros = np.full(M, seen - chunk // 2, np.int32), np.int32(0), np.zeros(M, np.int32)
+    table = {"name": zeros.astype(np.uint32), "k": np.arange(M, dtype=np.int32), "age": age, "written": zeros,
+             "limit": zeros + 2**20, "offset": same, "seed": same}
+    seconds = []
+    for _ in range(8):
+        began = time.perf_counter()
+        state, *_ = jax.block_until_ready(slots.decode(
+            cfg, sampler.params, [()] * cfg.L, state, table, np.int32(0), np.int32(M), temperature=1.0, top_p=1.0,
+            stop_ids=(-1,), chunk=chunk, look=slots.before_a_look(2**20)))
+        seconds.append((time.perf_counter() - began) / chunk)
+    return statistics.median(seconds[2:])
 
 
 # --- a step -------------------------------------------------------------------------------------------
