@@ -1,8 +1,8 @@
 """What fits where: DPO of the study's models, compiled for TPU slices; makes the table of launch/README.md.
 
-    python tools/fit_table.py [--slices=v5e-64,v5p-8,v6e-16] [--out=fit.json]
+    python tools/fit_table.py [--models=...] [--slices=v5e-64,v5p-8,v6e-16] [--out=fit.json]
 
-Needs libtpu (`pip install -e .[tpu]`), no TPU and no weights; about 40 s a step on two cores. All weights are trained
+Needs libtpu (`pip install -e .[tpu]`), no TPU and no weights; one to two minutes a step on two cores. All weights are trained
 (fp32, AdamW) on rows of 2,048 tokens, two rows a chip, as configs/dpo.py has it; then the small hardware. To be
 run again for another libtpu: the numbers are its compiler's.
 """
@@ -15,6 +15,7 @@ from absl import app, flags
 
 from align_jax import fit, log
 
+_MODELS = flags.DEFINE_list("models", [*fit.SHAPES], "which of fit.SHAPES")
 _SLICES = flags.DEFINE_list("slices", ["v5e-64", "v5p-8", "v6e-16"], "which of fit.TPUS")
 _OUT = flags.DEFINE_string("out", None, "a JSON file for all that was measured")
 
@@ -25,7 +26,7 @@ SMALL = [("deepseek-coder-1.3b", "v5e-8", {"data": {"rows_per_batch": 32}}), ("d
 def main(argv) -> None:
     get_config = runpy.run_path(Path(__file__).parent.parent / "configs" / "dpo.py")["get_config"]
     wanted = [(start, name, {"data": {"rows_per_batch": 2 * len(fit.accelerator(name)[1])}})
-              for start in fit.SHAPES for name in _SLICES.value]
+              for start in _MODELS.value for name in _SLICES.value]
     found = []
     print("| model | on | rows a step | GiB a device: weights | optimiser | the rest | in all, of | s a step at peak "
           "| as compiled |\n|---|---|--:|--:|--:|--:|--:|--:|--:|")
