@@ -124,7 +124,7 @@ def test_batch_and_chunk_change_no_sample(settings, expected, one_device):
     assert ids_of(drawn(**settings)) == ids_of(expected)
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("shape", [pytest.param(MESHES[0], marks=pytest.mark.slow), MESHES[1]], ids=str)
 def test_what_a_gpu_runs_changes_no_sample(shape, qwen, monkeypatch):
     """Interpreted: rings by flash.py, activations with their features last, several steps between two looks."""
     def written(prompts):
@@ -319,7 +319,8 @@ def test_the_layout_of_another_platform_gives_the_same_samples(monkeypatch, expe
     assert ids_of(got) == {name: [ids[:SPREAD[name]] for ids in rows] for name, rows in ids_of(expected).items()}
 
 
-@pytest.mark.parametrize("platform, least, apart", [("cpu", 4, 11), ("gpu", 4, 11), ("gpu", 8, 3), ("gpu", 4, 1)])
+@pytest.mark.parametrize("platform, least, apart", [
+    ("cpu", 4, 11), pytest.param("gpu", 4, 11, marks=pytest.mark.slow), ("gpu", 8, 3), ("gpu", 4, 1)])
 def test_slots_stay_busy_while_long_and_short_answers_mix(platform, least, apart, one_device, monkeypatch):
     """Also where it is looked for ended answers as seldom as on a GPU."""
     with monkeypatch.context() as there:
