@@ -2,8 +2,8 @@
 
     python tools/fit_table.py [--models=...] [--slices=v5e-64,v5p-8,v6e-16] [--out=fit.json]
 
-Needs libtpu (`pip install -e .[tpu]`), no TPU and no weights; one to two minutes a step on two cores. All weights are trained
-(fp32, AdamW) on rows of 2,048 tokens, two rows a chip, as configs/dpo.py has it; then the small hardware. To be
+Needs libtpu (`pip install -e .[tpu]`), no TPU and no weights; one to two minutes a step on two cores. All weights are
+trained (fp32, AdamW) on rows of 2,048 tokens, two rows a chip, as configs/dpo.py has it; then the small hardware. To be
 run again for another libtpu: the numbers are its compiler's.
 """
 
