@@ -208,7 +208,8 @@ def _arrays(cfg: ModelConfig, stored: dict[str, Stored], order: list[Tensor]) ->
     steps = list(itertools.pairwise([*order, order[-1]]))
     with ThreadPoolExecutor(1) as aside:
         for tensor, following in tensorfile.tidily(tqdm(steps, "load", unit="tensor", disable=None)):
-            aside.submit(tensorfile.touch, here(following))
+            if jax.process_count() == 1:  # of several, each reads its own parts alone
+                aside.submit(tensorfile.touch, here(following))
             array = here(tensor)
             yield tensor, _rearrange(cfg, array, tensor.pattern) if tensor.name in stored else array
 
