@@ -265,9 +265,8 @@ def export(cfg: ModelConfig, params: Params, folder: str | Path, *, like: str | 
     _check_params(cfg, flat)
     dtype = jnp.dtype(dtype or params["embed"].dtype)
     files = _split(cfg, dtype.itemsize, max_shard_gb * 1e9)
-    made = (_theirs(cfg, flat[tensor.path], tensor, dtype)
-            for tensor in tqdm(tensors(cfg), "export", unit="tensor", disable=None))
-    gathered = (multihost_utils.process_allgather(x, tiled=True) for x in _ahead(made))
+    gathered = (_gather(cfg, flat[tensor.path], tensor, dtype)
+                for tensor in tqdm(tensors(cfg), "export", unit="tensor", disable=None))
     with _new_folder(folder) as scratch:
         _companions(cfg, scratch, like, dtype)
         weight_map = {}
@@ -305,16 +304,11 @@ def _split(cfg: ModelConfig, itemsize: int, limit: float) -> list[list[Tensor]]:
     return files
 
 
-def _theirs(cfg: ModelConfig, leaf: jax.Array, tensor: Tensor, dtype) -> jax.Array:
-    """A tensor in HF's layout; the devices rearrange it, as numpy takes ten times as long."""
+def _gather(cfg: ModelConfig, leaf: jax.Array, tensor: Tensor, dtype) -> np.ndarray:
+    """Bring a tensor to every host; the devices have rearranged it, as numpy takes ten times as long."""
     theirs, ours = tensor.pattern.split(" -> ")
-    return _rearrange(cfg, _layer(leaf, tensor.layer, dtype), f"{ours} -> {theirs}")
-
-
-def _ahead(arrays: Iterator[jax.Array]) -> Iterator[jax.Array]:
-    """The same arrays; the devices make each one while the one before it is fetched and written."""
-    for array, _ in itertools.pairwise(itertools.chain(arrays, [None])):
-        yield array
+    x = _rearrange(cfg, _layer(leaf, tensor.layer, dtype), f"{ours} -> {theirs}")
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
