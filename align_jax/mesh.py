@@ -6,6 +6,7 @@ The mesh is explicit and always set, on one device too, so that a CPU test runs 
 import json
 import math
 import os
+import sys
 import zlib
 
 import jax
@@ -146,9 +147,14 @@ def start_hosts() -> None:
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM ends the process, until log.Termination
     is_tpu = any(os.path.exists(device) for device in ("/dev/accel0", "/dev/vfio/0"))
     is_srun = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1  # SLURM_NTASKS is set in a bare allocation too
-    if os.environ.get("JAX_COORDINATOR_ADDRESS") or is_srun or is_tpu:
-        said = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}  # jax reads the address alone
-        given = {name: os.environ[name] for name in ("JAX_COORDINATOR_ADDRESS", *said.values()) if name in os.environ}
+    said = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}  # jax reads the address alone
+    given = {name: os.environ[name] for name in ("JAX_COORDINATOR_ADDRESS", *said.values()) if name in os.environ}
+    address = given.get("JAX_COORDINATOR_ADDRESS")
+    if given and not address:  # each would train alone
+        raise ValueError(f"hosts: got {given}, expected JAX_COORDINATOR_ADDRESS=HOST:PORT of the first host beside it")
+    if address or is_srun or is_tpu:
+        if address:
+            print(f"waiting for all hosts at {address}, 5 minutes at most", file=sys.stderr, flush=True)
         try:
             said = {key: int(given[name]) for key, name in said.items() if name in given}
             if is_srun and os.environ["SLURM_STEP_NUM_TASKS"] == os.environ["SLURM_STEP_NUM_NODES"]:

@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/steps.sh
 split "$@"
+[ -n "$dry_run" ] || command -v sbatch > /dev/null || fail "sbatch is not here: this is for a login node of SLURM"
 
 step export EXTRAS=cuda
 step source tools/venv.sh

@@ -415,6 +415,20 @@ def test_the_processes_of_a_node_share_its_gpus(tasks, nodes, said, monkeypatch)
     assert started == [said]
 
 
+def test_a_host_without_an_address_is_refused(monkeypatch):
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    with pytest.raises(ValueError, match=r"hosts: got {'JAX_PROCESS_ID': '1'}, expected JAX_COORDINATOR_ADDRESS="):
+        mesh.start_hosts()
+
+
+def test_the_quickstart_says_what_it_would_do():
+    told = subprocess.run(["/bin/bash", "launch/quickstart.sh", "--config.seed=1", "--dry_run"], cwd=ROOT, check=True,
+                          capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}).stdout
+    assert told.splitlines() == ["source tools/venv.sh", "export JAX_PLATFORMS=cpu",
+                                 "python -m align_jax.study --config=configs/quickstart.py --config.seed=1"]
+
+
 def test_a_job_whose_time_is_up_saves_and_goes_back_into_the_queue(tmp_path):
     fake(tmp_path / "tools", "srun", "scontrol", "scancel")
     on_call = f"""case "${{0##*/}}" in

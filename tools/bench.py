@@ -44,7 +44,7 @@ from align_jax import data, decode, fit, hf, hf_config, log, lora, mesh, model, 
 from align_jax.step import Compute, TrainState, make_scorer, make_step, objective
 
 _CASES = flags.DEFINE_list("cases", ["dpo", "generate", "spread"], "which of the cases")
-_MODEL = flags.DEFINE_string("model", None, "a checkpoint with pairs.jsonl in it", required=True)
+_MODEL = flags.DEFINE_string("model", None, "a checkpoint with pairs.jsonl in it: a CASE")
 _SHAPE = flags.DEFINE_enum("shape", "deepseek-coder-1.3b", [*fit.SHAPES], "of the model, in the accelerator cases")
 _RANK = flags.DEFINE_integer("rank", 0, "of LoRA, in the accelerator cases; 0: full training", lower_bound=0)
 _ROWS = flags.DEFINE_integer("rows", 8, "rows of 2,048 tokens a step, in the accelerator cases", lower_bound=1)
@@ -56,7 +56,9 @@ _PEERS = flags.DEFINE_string("peers", "../shared/bench", "the folder of the peer
 _PYTHON = flags.DEFINE_list("python", [], "PEER=INTERPRETER of its environment")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "runs of every contender", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "a JSON file for all that was measured")
-_WORKER = flags.DEFINE_string("worker", None, "measure this case in this process, print JSON and stop")
+_WORKER = flags.DEFINE_enum("worker", None, [
+    "dpo", "generate", "spread", "overhead", *(f"accelerator_{name}" for name in ("sft", "dpo", "decode", "overhead")),
+], "measure this case in this process, print JSON and stop")
 
 HERE = Path(__file__).parent
 PEERS = {  # case -> what is compared, and the peers: (environment, script, arguments)
@@ -329,6 +331,7 @@ def compare(case: str) -> dict:
     for name in log.progress([*commands] * _ROUNDS.value, what=case, unit="run"):
         if name in absent:
             continue
+        log.say(f"{case:18} {name:28} runs")
         try:
             found[name].append(run(commands[name]))
         except RuntimeError as error:
@@ -356,6 +359,8 @@ def spread_of_batches() -> float:
 def main(argv) -> None:
     if argv[1:]:
         raise SystemExit(f"error: unexpected arguments {argv[1:]}; settings are --flag=value")
+    if not _MODEL.value:
+        raise SystemExit("error: --model: expected a CASE, which make_case.py in the peers' folder makes; see --help")
     absent = [file for file in ("config.json", "pairs.jsonl") if not Path(_MODEL.value, file).is_file()]
     if absent:
         raise SystemExit(f"error: --model: {_MODEL.value} has no {' and no '.join(absent)}, expected a folder with a "
