@@ -12,9 +12,10 @@ an ENV is a virtual environment with that peer. A peer without an interpreter is
 interleaved, A B C A B C, and the ratios are those of medians, for the machine's speed drifts. Real tokens are those of
 prompt and completion of both sides of a pair, padding not counted, whatever a contender computes.
 
-The accelerator cases need a GPU or TPU with room for the shape (full training of 8 rows with remat dots: 1.3B 40 GB,
-7B 120 GB with mixed; with --rank=16 5 and 20 GB) and, for TRL, an environment with torch, trl and liger-kernel (and
-peft for --rank); --trl="--batch 16 --checkpointing" makes it smaller. A peer that fails is left out, and says why.
+The accelerator cases need a GPU or TPU with room for the shape (full training: 1.3B 40 GB for 8 rows with remat dots; 7B
+120 GB for 8 with mixed, 134 GB for 4 with dots; with --rank=16 5 and 20 GB) and, for TRL, an environment with torch, trl
+and liger-kernel (and peft for --rank); --trl="--batch 16 --checkpointing" makes it smaller. A peer that fails is left
+out, and says why.
 They report MFU: FLOPs of the matrices and of attention under the diagonal, counted once, without those of remat, by the
 chip's dense bf16 peak. Decoding is measured by the bytes of the weights and of every slot's cache, its prompt included:
 all that `generate` does, and a step alone at the mean of the lengths.
@@ -43,23 +44,6 @@ from absl import app, flags
 from align_jax import data, decode, fit, hf, hf_config, log, lora, mesh, model, optim, records, slots, text, train
 from align_jax.step import Compute, TrainState, make_scorer, make_step, objective
 
-_CASES = flags.DEFINE_list("cases", ["dpo", "generate", "spread"], "which of the cases")
-_MODEL = flags.DEFINE_string("model", None, "a checkpoint with pairs.jsonl in it: a CASE")
-_SHAPE = flags.DEFINE_enum("shape", "deepseek-coder-1.3b", [*fit.SHAPES], "of the model, in the accelerator cases")
-_RANK = flags.DEFINE_integer("rank", 0, "of LoRA, in the accelerator cases; 0: full training", lower_bound=0)
-_ROWS = flags.DEFINE_integer("rows", 8, "rows of 2,048 tokens a step, in the accelerator cases", lower_bound=1)
-_UNROLL = flags.DEFINE_bool("unroll", False, "the layers, in the accelerator cases")
-_NEW = flags.DEFINE_integer("new", 256, "tokens of an answer, in accelerator_decode", lower_bound=1)
-_REMAT = flags.DEFINE_enum("remat", "mixed", [*model.REMAT], "in the accelerator cases")
-_TRL = flags.DEFINE_string("trl", "--batch 32", "arguments of bench_trl.py: as many pairs as the card has room for")
-_PEERS = flags.DEFINE_string("peers", "../shared/bench", "the folder of the peers' scripts")
-_PYTHON = flags.DEFINE_list("python", [], "PEER=INTERPRETER of its environment")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "runs of every contender", lower_bound=1)
-_OUT = flags.DEFINE_string("out", None, "a JSON file for all that was measured")
-_WORKER = flags.DEFINE_enum("worker", None, [
-    "dpo", "generate", "spread", "overhead", *(f"accelerator_{name}" for name in ("sft", "dpo", "decode", "overhead")),
-], "measure this case in this process, print JSON and stop")
-
 HERE = Path(__file__).parent
 PEERS = {  # case -> what is compared, and the peers: (environment, script, arguments)
     "dpo": ("real_tokens_per_s", {
@@ -79,6 +63,22 @@ PEERS = {  # case -> what is compared, and the peers: (environment, script, argu
     "accelerator_decode": ("share_of_bandwidth", {}),
     "accelerator_overhead": ("device_share", {}),
 }
+
+_CASES = flags.DEFINE_list("cases", ["dpo", "generate", "spread"], "which of the cases")
+_MODEL = flags.DEFINE_string("model", None, "a checkpoint with pairs.jsonl in it: a CASE")
+_SHAPE = flags.DEFINE_enum("shape", "deepseek-coder-1.3b", [*fit.SHAPES], "of the model, in the accelerator cases")
+_RANK = flags.DEFINE_integer("rank", 0, "of LoRA, in the accelerator cases; 0: full training", lower_bound=0)
+_ROWS = flags.DEFINE_integer("rows", 8, "rows of 2,048 tokens a step, in the accelerator cases", lower_bound=1)
+_UNROLL = flags.DEFINE_bool("unroll", False, "the layers, in the accelerator cases")
+_NEW = flags.DEFINE_integer("new", 256, "tokens of an answer, in accelerator_decode", lower_bound=1)
+_REMAT = flags.DEFINE_enum("remat", "mixed", [*model.REMAT], "in the accelerator cases")
+_TRL = flags.DEFINE_string("trl", "--batch 32", "arguments of bench_trl.py: as many pairs as the card has room for")
+_PEERS = flags.DEFINE_string("peers", "../shared/bench", "the folder of the peers' scripts")
+_PYTHON = flags.DEFINE_list("python", [], "PEER=INTERPRETER of its environment")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "runs of every contender", lower_bound=1)
+_OUT = flags.DEFINE_string("out", None, "a JSON file for all that was measured")
+_WORKER = flags.DEFINE_enum("worker", None, [*PEERS], "measure this case in this process, print JSON and stop")
+
 SLOTS = 32
 LIMITS = np.random.default_rng(0).integers(16, 513, 8 * SLOTS).tolist()  # answer lengths of `spread`
 
