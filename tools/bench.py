@@ -12,10 +12,10 @@ an ENV is a virtual environment with that peer. A peer without an interpreter is
 interleaved, A B C A B C, and the ratios are those of medians, for the machine's speed drifts. Real tokens are those of
 prompt and completion of both sides of a pair, padding not counted, whatever a contender computes.
 
-The accelerator cases need a GPU or TPU with room for the shape (full training: 1.3B 40 GB for 8 rows with remat dots; 7B
-120 GB for 8 with mixed, 134 GB for 4 with dots; with --rank=16 5 and 20 GB) and, for TRL, an environment with torch, trl
-and liger-kernel (and peft for --rank); --trl="--batch 16 --checkpointing" makes it smaller. A peer that fails is left
-out, and says why.
+The accelerator cases need a GPU or TPU with room for the shape (full training: 1.3B 40 GB for 8 rows with remat dots,
+7B 120 GB for 8 with mixed, 134 GB for 4 with dots; with --rank=16 5 and 20 GB) and, for TRL, an environment with torch,
+trl and liger-kernel (and peft for --rank); --trl="--batch 16 --checkpointing" makes it smaller. A peer that fails is
+left out, and says why.
 They report MFU: FLOPs of the matrices and of attention under the diagonal, counted once, without those of remat, by the
 chip's dense bf16 peak. Decoding is measured by the bytes of the weights and of every slot's cache, its prompt included:
 all that `generate` does, and a step alone at the mean of the lengths.
