@@ -150,8 +150,6 @@ def start_hosts() -> None:
     said = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}  # jax reads the address alone
     given = {name: os.environ[name] for name in ("JAX_COORDINATOR_ADDRESS", *said.values()) if name in os.environ}
     address = given.get("JAX_COORDINATOR_ADDRESS")
-    if given and not address:  # each would train alone
-        raise ValueError(f"hosts: got {given}, expected JAX_COORDINATOR_ADDRESS=HOST:PORT of the first host beside it")
     if address or is_srun or is_tpu:
         if address:
             print(f"waiting for all hosts at {address}, 5 minutes at most", file=sys.stderr, flush=True)
@@ -163,6 +161,8 @@ def start_hosts() -> None:
             jax.distributed.initialize(**said)
         except ValueError as error:
             raise ValueError(f"hosts: {error} Got {given}, expected an address, how many, and which from 0") from None
+    elif not given.items() <= {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}.items():  # each would train alone
+        raise ValueError(f"hosts: got {given}, expected JAX_COORDINATOR_ADDRESS=HOST:PORT of the first host beside it")
 
 
 def check_same(what: str, value) -> None:
