@@ -151,9 +151,9 @@ def test_a_host_that_dies_is_told_and_the_run_continues_on_one(one, tmp_path, ho
     run = tmp_path / "run"
     ended = on_two(run, **ending(host, 6, "SIGKILL"))
     (victim, _), ((status, output),) = ended.pop(host), ended
-    assert time.time() - (run / "metrics.jsonl").stat().st_mtime < 90  # of the last step that both took
+    assert time.time() - (run / "metrics.jsonl").stat().st_mtime < 150  # the last step that both took; 100: heartbeat
     assert victim == -signal.SIGKILL
-    if status != -signal.SIGABRT or host:  # without the first host jax may end the other itself
+    if status != -signal.SIGABRT:  # where a collective does not see it jax ends the process, from a thread of its own
         assert status == 1 and f"error: host {1 - host} of 2 has lost another one: " in output, output
         assert "start the same command on every host again: it continues from what was saved last" in output
     else:
