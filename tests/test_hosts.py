@@ -151,7 +151,8 @@ def test_a_host_that_dies_is_told_and_the_run_continues_on_one(one, tmp_path, ho
     run = tmp_path / "run"
     ended = on_two(run, **ending(host, 6, "SIGKILL"))
     (victim, _), ((status, output),) = ended.pop(host), ended
-    assert time.time() - (run / "metrics.jsonl").stat().st_mtime < 150  # the last step that both took; 100: heartbeat
+    bound = 150 if status == -signal.SIGABRT else 90  # jax's heartbeat gives up after 100
+    assert time.time() - (run / "metrics.jsonl").stat().st_mtime < bound  # of the last step that both took
     assert victim == -signal.SIGKILL
     if status != -signal.SIGABRT:  # where a collective does not see it jax ends the process, from a thread of its own
         assert status == 1 and f"error: host {1 - host} of 2 has lost another one: " in output, output

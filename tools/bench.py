@@ -210,14 +210,14 @@ def _decode_step(sampler: decode.Sampler, seen: int) -> float:
     """Seconds of a step whose slots all see so many tokens, without what the host does between chunks of steps."""
     cfg, M, chunk = sampler.cfg, sampler.batch_size, 32
     state = slots.empty(cfg, slots=M, ring=64 * math.ceil((seen + chunk) / 64), dtype=sampler.params["embed"].dtype)
-    age, same, zeros = np.full(M, seen - chunk // 2, np.int32), np.int32(0), np.zeros(M, np.int32)
+    age, zeros, zero = np.full(M, seen - chunk // 2, np.int32), np.zeros(M, np.int32), np.int32(0)
     table = {"name": zeros.astype(np.uint32), "k": np.arange(M, dtype=np.int32), "age": age, "written": zeros,
-             "limit": zeros + 2**20, "offset": same, "seed": same}
+             "limit": zeros + 2**20, "offset": zero, "seed": zero}
     seconds = []
     for _ in range(8):
         began = time.perf_counter()
         state, *_ = jax.block_until_ready(slots.decode(
-            cfg, sampler.params, [()] * cfg.L, state, table, np.int32(0), np.int32(M), temperature=1.0, top_p=1.0,
+            cfg, sampler.params, [()] * cfg.L, state, table, zero, np.int32(M), temperature=1.0, top_p=1.0,
             stop_ids=(-1,), chunk=chunk, look=slots.before_a_look(2**20)))
         seconds.append((time.perf_counter() - began) / chunk)
     return statistics.median(seconds[2:])
