@@ -311,6 +311,7 @@ def hints(c: Mapping, fit: Fit) -> list[str]:
         "optimizer state": [split, ("optim.offload=True", not c["optim"]["offload"]), adapters],
         REST: [("compute.dtype=bfloat16", compute["dtype"] == "float32"),
                ("more of compute.accumulate", c["data"]["rows_per_batch"] > row_shards * compute["accumulate"]),
+               ("compute.keep_logits=False", compute["keep_logits"]),
                ("compute.unroll=False", compute["unroll"]), (f"compute.remat={remat}", remat),
                split, adapters, ("a shorter data.row_length", True)],
     }

@@ -136,11 +136,18 @@ def _times(x, W, inner: str, outer: str):
 
 
 def _times_backward(inner, outer, kept, g):
-    # Autodiff says (g, x) and transposes, for which XLA's CPU compiler copies g and x, and would keep W cast.
+    # Autodiff says (g, x) and transposes, and sums over more than one axis, for which XLA's CPU compiler copies g or x;
+    # and it would keep W cast.
     x, W = kept
     dx = jnp.einsum(f"RT{outer},{inner}{outer}->RT{inner}", g, _cast(W, g), out_sharding=_activation(inner))
-    dW = jnp.einsum(f"RT{inner},RT{outer}->{inner}{outer}", x, g, out_sharding=jax.typeof(W).sharding)
-    return dx, _cast(dW, W)
+    dW = jnp.einsum("ti,to->io", _as_matrix(x, inner), _as_matrix(g, outer),
+                    out_sharding=spec(STORED.get(inner[0]), STORED.get(outer[0])))
+    return dx, _cast(dW.reshape(W.shape, out_sharding=jax.typeof(W).sharding), W)
+
+
+def _as_matrix(x, axes: str):
+    """Of x [R T *axes] a row for every token."""
+    return x.reshape(-1, math.prod(x.shape[2:]), out_sharding=spec("rows", SPLIT.get(axes[0])))
 
 
 def _activation(axes: str):

@@ -32,12 +32,16 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How the numbers are made; `chunk` is of tokens that a device has logits of at once."""
+    """How the numbers are made; `chunk` is of tokens that a device has logits of at once.
+
+    To `keep_logits`, or what their gradient needs, takes tokens * V / tensor numbers of `dtype` on a device.
+    """
 
     dtype: str = "bfloat16"
     remat: str = "full"
     unroll: bool = False
     chunk: int = 1024
+    keep_logits: bool = False
     attention: str = "auto"
     accumulate: int = 1
 
@@ -92,7 +96,8 @@ def score_tokens(cfg: ModelConfig, params: Params, batch: Batch, *, compute: Com
     x = model.hidden(cfg, params, batch["tokens"], batch["positions"], attend, dtype=jnp.dtype(compute.dtype),
                      remat=compute.remat, unroll=compute.unroll)
     head = params.get("head", params["embed"]).astype(x.dtype)
-    return logprob.of_tokens(head, x, batch["tokens"], batch["sources"], batch["slots"] >= 0, compute.chunk)
+    return logprob.of_tokens(head, x, batch["tokens"], batch["sources"], batch["slots"] >= 0, compute.chunk,
+                             compute.keep_logits)
 
 
 def completion_logps(cfg: ModelConfig, params: Params, batch: Batch, *, compute: Compute):

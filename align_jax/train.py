@@ -29,7 +29,8 @@ KINDS = {  # data.kind -> the records in the file, what of them is trained on, a
     "chosen": (records.Pair, lambda r: records.Example(id=r.id, prompt=r.prompt, completion=r.chosen), 1),
 }
 FREE = ("run", "start", "data.path", "mesh", "ckpt", "optim.offload",  # change no number but by rounding; of files
-        *(f"compute.{name}" for name in ("remat", "unroll", "attention", "chunk", "accumulate")))  # content is bound
+        *(f"compute.{name}" for name in (  # content is bound
+            "remat", "unroll", "attention", "chunk", "keep_logits", "accumulate")))
 FOR_ROWS = ("rows_per_batch", "epochs")  # keys of the data section that say how the rows are served
 GAP = {"float32": 1e-3, "bfloat16": 0.1}  # nats by the square root of the tokens: rounding adds up as a random walk
 

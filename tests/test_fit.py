@@ -204,8 +204,8 @@ def test_hints_are_for_the_largest_part_first_and_of_what_is_not_in_use():
     assert hints((1, 8), (5, 1, 9), compute={"remat": "dots", "accumulate": 4, "dtype": "float32"}, **used) == [
         "compute.dtype=bfloat16", "compute.remat=mixed", shorter, "lora.base_dtype=bfloat16", slice_]
     assert hints((1, 8), (1, 1, 9), compute={"remat": "offload", "accumulate": 4}, **used) == [shorter, slice_]
-    assert hints((1, 8), (1, 1, 9), compute={"unroll": True, "remat": "offload", "accumulate": 4}, **used) == [
-        "compute.unroll=False", shorter, slice_]
+    assert hints((1, 8), (1, 1, 9), compute={"unroll": True, "keep_logits": True, "remat": "offload", "accumulate": 4},
+                 **used) == ["compute.keep_logits=False", "compute.unroll=False", shorter, slice_]
 
 
 def test_hints_name_settings_that_there_are():

@@ -172,7 +172,8 @@ def test_chunk_changes_no_logp(chunk, one_device):
     np.testing.assert_allclose(chunked, whole, rtol=1e-6)
 
 
-def test_large_logits_have_a_finite_gradient(one_device):
+@pytest.mark.parametrize("keep", [False, True])
+def test_large_logits_have_a_finite_gradient(keep, one_device):
     """Also where the last chunk has places left over, whose logits would overflow."""
     rng = np.random.default_rng(0)
     head, x = (jnp.asarray(rng.normal(size=shape) * 20, jnp.float32, out_sharding=mesh.sharding(*axes))
@@ -184,7 +185,8 @@ def test_large_logits_have_a_finite_gradient(one_device):
     def loss(logps):
         return lambda head, x: jnp.sum(jnp.where(is_scored, logps(head, x), 0.0))
 
-    got = jax.grad(loss(lambda head, x: logprob.of_tokens(head, x, tokens, sources, is_scored, 8)), (0, 1))(head, x)
+    fused = loss(lambda head, x: logprob.of_tokens(head, x, tokens, sources, is_scored, 8, keep))
+    got = jax.grad(fused, (0, 1))(head, x)
     dense = jax.grad(loss(lambda head, x: jax.nn.log_softmax(x @ head.T)[0, jnp.arange(16), tokens[0]]), (0, 1))
     expected = dense(np.asarray(head), np.asarray(x))
     assert np.abs(np.asarray(x)[0] @ np.asarray(head).T).max() > 1000
@@ -353,6 +355,17 @@ def test_remat_and_chunk_give_the_same_gradient(remat, plain, one_device):
     assert_same_step(one_step("dpo", UNEVEN, remat=remat, chunk=32), plain("dpo"), 1e-5)
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2), (1, 2, 2)], ids=str)
+def test_kept_logits_give_the_same_gradient(sizes, plain):
+    with on(*sizes):
+        assert_same_step(one_step("dpo", UNEVEN, keep_logits=True, chunk=32), plain("dpo"), 1e-5)
+
+
+def test_kept_logits_in_bfloat16_change_the_gradient_by_rounding(one_device):
+    again, kept = (one_step("dpo", UNEVEN, dtype="bfloat16", keep_logits=keep)[0] for keep in (False, True))
+    assert 0 < np.linalg.norm(kept - again) <= 2**-8 * np.linalg.norm(again)
+
+
 @pytest.mark.parametrize("remat", ["none", "mixed"])
 def test_unrolled_layers_give_the_same_gradient(remat, plain, one_device):
     assert_same_step(one_step("dpo", UNEVEN, remat=remat, unroll=True), plain("dpo"), 1e-5)
@@ -365,8 +378,8 @@ def test_an_example_counts_the_same_wherever_it_lies(plain, one_device):
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def compiled_step(chunk: int):
-    """The DPO step of a model whose vocabulary is its largest axis, compiled."""
+def lowered_step(chunk: int, **compute):
+    """Logits of all tokens, and the DPO step of a model whose vocabulary is its largest axis."""
     R, T, V = 4, 512, 32_000
     cfg = model.ModelConfig(L=2, D=32, N=1, K=1, H=32, F=64, V=V)
     tx = optim.adamw(steps=1, lr=1e-3)
@@ -374,9 +387,9 @@ def compiled_step(chunk: int):
              for name in ("tokens", "positions", "segments", "branches", "sources", "slots")}
     batch |= {name: jnp.zeros((R, 4, 2), out_sharding=mesh.sharding("rows", None, None))
               for name in ("ref_logps", "weight")}
-    compute = Compute(dtype="float32", remat="full", chunk=chunk)
+    compute = Compute(dtype="float32", remat="full", chunk=chunk, **compute)
     step = make_step(cfg, objective("dpo", beta=0.1), tx, compute=compute)
-    return R * T * V, step.lower(start(model.init(cfg, 0), tx), batch).compile()
+    return R * T * V, step.lower(start(model.init(cfg, 0), tx), batch)
 
 
 def largest(compiled) -> int:
@@ -386,13 +399,22 @@ def largest(compiled) -> int:
 
 
 def test_no_array_of_rows_by_positions_by_vocabulary(one_device):
-    logits, compiled = compiled_step(chunk=64)
+    logits, lowered = lowered_step(chunk=64)
+    compiled = lowered.compile()
     assert largest(compiled) == logits // 32  # the logits of one chunk, [64 V]
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * logits / 4
     # The same two measures do see it where it is.
-    logits, whole = compiled_step(chunk=2048)
+    logits, lowered = lowered_step(chunk=2048)
+    whole = lowered.compile()
     assert largest(whole) == logits
     assert whole.memory_analysis().temp_size_in_bytes > 4 * logits
+
+
+def test_kept_logits_are_made_once(one_device):
+    def products(**compute):
+        return len(re.findall(r"dot_general.*32000", lowered_step(chunk=64, **compute)[1].as_text()))
+
+    assert (products(), products(keep_logits=True)) == (4, 3)
 
 
 # --- objectives and metrics -----------------------------------------------------------------------

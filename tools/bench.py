@@ -88,7 +88,8 @@ LIMITS = np.random.default_rng(0).integers(16, 513, 8 * SLOTS).tolist()  # answe
 
 def dpo() -> dict:
     """Steps on about 8 pairs each, in float32, as the peers take them."""
-    return _steps("dpo", Compute("float32", remat="dots", chunk=512), rows=2, row_length=1024, count=6,
+    return _steps("dpo", Compute("float32", remat="dots", chunk=256, keep_logits=True), rows=2, row_length=1024,
+                  count=6,
                   weights=lambda: hf.load(_MODEL.value, dtype="float32"))
 
 
@@ -253,7 +254,7 @@ def _trainer(goal: str, compute: Compute, rows: int, row_length: int, cfg, param
     kind, select, completions = train.KINDS["pairs" if goal == "dpo" else "chosen"]
     pairs = records.stream(Path(_MODEL.value) / "pairs.jsonl", kind)
     pairs = [(line, select(r)) for line, r in itertools.islice(pairs, 48)]  # what the peers take
-    copies = 1 if row_length < 2048 else 40  # so many that the last rows of an epoch, which are not full, do not count
+    copies = 3 if row_length < 2048 else 40  # so many that the last rows of an epoch, which are not full, do not count
     pairs = [(line, dataclasses.replace(r, id=f"{copy}/{r.id}")) for copy in range(copies) for line, r in pairs]
     shape, ref_logps = {"row_length": row_length, "rows_per_batch": rows}, None
     with tempfile.TemporaryDirectory() as folder:
