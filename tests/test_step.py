@@ -361,9 +361,10 @@ def test_kept_logits_give_the_same_gradient(sizes, plain):
         assert_same_step(one_step("dpo", UNEVEN, keep_logits=True, chunk=32), plain("dpo"), 1e-5)
 
 
-def test_kept_logits_in_bfloat16_change_the_gradient_by_rounding(one_device):
-    again, kept = (one_step("dpo", UNEVEN, dtype="bfloat16", keep_logits=keep)[0] for keep in (False, True))
-    assert 0 < np.linalg.norm(kept - again) <= 2**-8 * np.linalg.norm(again)
+def test_kept_logits_in_bfloat16_are_no_further_off(plain, one_device):
+    again, kept = (np.linalg.norm(one_step("dpo", UNEVEN, dtype="bfloat16", keep_logits=keep)[0] - plain("dpo")[0])
+                   for keep in (False, True))
+    assert 0 < kept < 1.1 * again
 
 
 @pytest.mark.parametrize("remat", ["none", "mixed"])
