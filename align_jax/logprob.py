@@ -5,7 +5,7 @@ cost nothing, and goes through them in chunks: as many as it has, whatever the s
 split over the mesh's tensor axis; maximum, sum and the target's logit are then reduced over it. The backward pass
 makes each chunk's logits again from the log of their normaliser, which is kept (4 bytes a token), and adds up the
 gradient of the matrix in fp32. The idea of both is Cut Cross-Entropy's (arXiv:2411.09009) and Liger's. Where there is
-memory for them, the slopes of log-probs, by every logit, are kept instead: three products with the matrix for four.
+memory for such an array, the slopes of log-probs by every logit can be kept: three products with the matrix for four.
 """
 
 from functools import partial
@@ -72,7 +72,7 @@ def _local_forward(head, x, tokens, sources, is_scored, *, chunk: int, keep: boo
         return logps.at[at].set(picked - normaliser, mode="drop"), kept
 
     nothing = jnp.zeros(tokens.size, jnp.float32)
-    of_all = jax.lax.empty((_num_chunks(tokens.size, chunk) * chunk, head.shape[0]), head.dtype) if keep else nothing
+    of_all = jnp.zeros((_num_chunks(tokens.size, chunk) * chunk, head.shape[0]), head.dtype) if keep else nothing
     logps, kept = jax.lax.fori_loop(0, _num_chunks(scored, chunk), one, (nothing, of_all))
     return logps.reshape(tokens.shape), kept if keep else kept.reshape(tokens.shape)
 
@@ -95,7 +95,7 @@ def _local_backward(head, x, tokens, sources, is_scored, kept, g, *, chunk: int,
 
     nothing = jnp.zeros(head.shape, jnp.float32), jnp.zeros((tokens.size, x.shape[-1]), jnp.float32)
     d_head, d_x = jax.lax.fori_loop(0, _num_chunks(scored, chunk), one, nothing)
-    return mesh.sum_over_rows(d_head), jax.lax.psum(d_x, VOCAB).reshape(x.shape)
+    return mesh.sum_over_rows(d_head), mesh.sum_over(VOCAB, d_x).reshape(x.shape)
 
 
 def _chunks(x, tokens, sources, is_scored, chunk: int):

@@ -1,7 +1,7 @@
 """Log-probs of packed rows, and the sharded train step that every objective shares.
 
 `score_tokens` is the one function that makes log-probs: training, reference passes and evaluation use it. No
-[R T V] array exists: see logprob.py.
+[R T V] array exists, unless `Compute.keep_logits` asks for one: see logprob.py.
 """
 
 import dataclasses
@@ -34,7 +34,8 @@ class TrainState:
 class Compute:
     """How the numbers are made; `chunk` is of tokens that a device has logits of at once.
 
-    To `keep_logits`, or what their gradient needs, takes tokens * V / tensor numbers of `dtype` on a device.
+    To `keep_logits`, as what their gradient needs, takes R * T * V / tensor numbers of `dtype` for a device's rows of a
+    micro-batch.
     """
 
     dtype: str = "bfloat16"

@@ -35,7 +35,7 @@ def get_config(arg: str = ""):
                   "offload": False},  # True: Adam's 8 bytes a parameter wait in the host's memory
         "lora": {"rank": 0, "alpha": 16.0, "base_dtype": "bfloat16"},  # rank 0: all weights are trained
         "compute": {"dtype": "bfloat16", "remat": "full", "unroll": False, "attention": "auto", "chunk": 1024,
-                    "keep_logits": False, "accumulate": 1},  # False: they are made again in the backward pass
+                    "accumulate": 1, "keep_logits": False},  # False: they are made again in the backward pass
         "mesh": {"data": 1, "fsdp": -1, "tensor": 1},  # -1: all the devices that are left
         "ckpt": {"every": 200, "keep": 2, "export": "bfloat16"},
     })

@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "steps": 0,
         "data": {"kind": "pairs", "row_length": 384, "rows_per_batch": 4, "epochs": 1},
         "lora": {"rank": 0, "alpha": 16.0, "base_dtype": "bfloat16"},
-        "compute": {"dtype": "float32", "remat": "none", "chunk": 128, "keep_logits": False, "accumulate": 1},
+        "compute": {"dtype": "float32", "remat": "none", "chunk": 128, "accumulate": 1},
         "ckpt": {"every": 1000, "keep": 1, "export": "bfloat16"},
     }
     c = ConfigDict({

@@ -79,6 +79,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 3, "runs of every contender", lower_bou
 _OUT = flags.DEFINE_string("out", None, "a JSON file for all that was measured")
 _WORKER = flags.DEFINE_enum("worker", None, [*PEERS], "measure this case in this process, print JSON and stop")
 
+SMALL = Compute("float32", remat="dots", chunk=256, keep_logits=True)  # the fastest found for the shared case
 SLOTS = 32
 LIMITS = np.random.default_rng(0).integers(16, 513, 8 * SLOTS).tolist()  # answer lengths of `spread`
 
@@ -87,15 +88,14 @@ LIMITS = np.random.default_rng(0).integers(16, 513, 8 * SLOTS).tolist()  # answe
 
 
 def dpo() -> dict:
-    """Steps on about 8 pairs each, in float32, as the peers take them."""
-    return _steps("dpo", Compute("float32", remat="dots", chunk=256, keep_logits=True), rows=2, row_length=1024,
-                  count=6,
+    """Steps in float32 on as many of the peers' pairs as two rows hold: 9 to 10, where a step of theirs has 8."""
+    return _steps("dpo", SMALL, rows=2, row_length=1024, count=6,
                   weights=lambda: hf.load(_MODEL.value, dtype="float32"))
 
 
 def overhead() -> dict:
     """The share of the trainer's loop that is the device's: eight steps with data, transfer and log, and without."""
-    return _overhead(Compute("float32", remat="none", chunk=512), rows=2, row_length=1024,
+    return _overhead(SMALL, rows=2, row_length=1024,
                      weights=lambda: hf.load(_MODEL.value, dtype="float32"))
 
 
@@ -104,6 +104,7 @@ def _overhead(compute: Compute, *, rows: int, row_length: int, weights) -> dict:
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh.make()):
         step, state, batches = _trainer("dpo", compute, rows, row_length, *weights())
         metrics = log.Metrics(Path(folder), first_step=0, steps=100)
+        beginning = batches.get_state()
         held = [train.to_devices(next(batches)) for _ in range(8)]
 
         def bare(state):
@@ -123,6 +124,7 @@ def _overhead(compute: Compute, *, rows: int, row_length: int, weights) -> dict:
         seconds = {bare: [], whole: []}
         state = jax.block_until_ready(bare(state))
         for run in [bare, whole] * 3:
+            batches.set_state(beginning)  # the same eight
             began = time.perf_counter()
             state = jax.block_until_ready(run(state))
             seconds[run].append(time.perf_counter() - began)
@@ -138,7 +140,8 @@ def generate() -> dict:
 
 
 def spread() -> dict:
-    """Answers of 16 to 512 tokens, eight for every slot."""
+    """Answers of 16 to 512 tokens, eight for every slot, in an order that does not know their lengths."""
+    decode.sorted = lambda asked, key: list(asked)  # which would serve the longest limits first
     return _sample(prompts=len(LIMITS), n=1, limits=LIMITS)
 
 
@@ -211,15 +214,14 @@ def _decode_step(sampler: decode.Sampler, seen: int) -> float:
     """Seconds of a step whose slots all see so many tokens, without what the host does between chunks of steps."""
     cfg, M, chunk = sampler.cfg, sampler.batch_size, 32
     state = slots.empty(cfg, slots=M, ring=64 * math.ceil((seen + chunk) / 64), dtype=sampler.params["embed"].dtype)
-    age, zeros, zero = np.full(M, seen - chunk // 2, np.int32), np.zeros(M, np.int32), np.int32(0)
-    table = {"name": zeros.astype(np.uint32), "k": np.arange(M, dtype=np.int32), "age": age, "written": zeros,
-             "limit": zeros + 2**20, "offset": zero, "seed": zero}
+    prompt = decode._Prompt("", [0] * (seen - chunk // 2), limit=2**20)
+    table = decode._table([decode._Slot(prompt, k) for k in range(M)], offset=0, seed=0)
     seconds = []
     for _ in range(8):
         began = time.perf_counter()
         state, *_ = jax.block_until_ready(slots.decode(
-            cfg, sampler.params, [()] * cfg.L, state, table, zero, np.int32(M), temperature=1.0, top_p=1.0,
-            stop_ids=(-1,), chunk=chunk, look=slots.before_a_look(2**20)))
+            cfg, sampler.params, [()] * cfg.L, state, table, np.int32(0), np.int32(M), temperature=1.0, top_p=1.0,
+            stop_ids=(-1,), chunk=chunk, look=slots.before_a_look(prompt.limit)))
         seconds.append((time.perf_counter() - began) / chunk)
     return statistics.median(seconds[2:])
 
