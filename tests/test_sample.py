@@ -333,6 +333,14 @@ def test_slots_stay_busy_while_long_and_short_answers_mix(platform, least, apart
     assert who.work.busy == who.work.tokens / who.work.slot_steps > 0.85
 
 
+def test_slots_stay_busy_where_nobody_knows_when_an_answer_ends(one_device):
+    """By one token of sixteen that ends it: most answers are short, some ten times as long."""
+    who = dataclasses.replace(sampler(), stop_ids=tuple(range(0, sampler().cfg.V, 16)))
+    lengths = [len(c.ids) for answers in drawn(who=who, n=32, max_tokens=128, batch_size=16).values() for c in answers]
+    assert np.std(lengths) > 0.8 * np.mean(lengths) and max(lengths) > 64
+    assert who.work.busy > 0.85
+
+
 @pytest.mark.parametrize("biases", [False, True])
 def test_weights_are_laid_out_without_being_held_twice(biases, any_mesh):
     cfg = model.ModelConfig(L=2, D=32, N=4, K=2, H=16, F=48, V=64, qkv_bias=biases, o_bias=biases)
