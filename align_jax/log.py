@@ -122,7 +122,8 @@ def claim(folder: str | Path, config: dict, *, free: Sequence[str] = (), scratch
             raise ValueError(f"{folder} holds a run with another config; give another folder or delete it:\n  "
                              + "\n  ".join(binding))
         if differing:
-            say(f"{path} keeps the first start's settings, on which no result depends: {'; '.join(differing.values())}")
+            say(f"{path} keeps the first start's settings; results differ by rounding at most: "
+                f"{'; '.join(differing.values())}")
     elif jax.process_index() == 0:
         write_json(path, config)
     return folder
