@@ -104,8 +104,8 @@ def check_set(config: dict) -> None:
 def claim(folder: str | Path, config: dict, *, free: Sequence[str] = (), scratch: Sequence[str] = ()) -> Path:
     """Make the run folder, or take it up again if it was made with the same config.
 
-    `free` names the settings and sections that change no result, and so may differ; `scratch` what may lie in the
-    folder of a run that has not begun.
+    `free` names the settings and sections that change results by rounding at most, and so may differ; `scratch` what
+    may lie in the folder of a run that has not begun.
 
     Raises:
       ValueError: the folder holds a run of another config; names every key that differs.

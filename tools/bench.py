@@ -95,8 +95,7 @@ def dpo() -> dict:
 
 def overhead() -> dict:
     """The share of the trainer's loop that is the device's: eight steps with data, transfer and log, and without."""
-    return _overhead(SMALL, rows=2, row_length=1024,
-                     weights=lambda: hf.load(_MODEL.value, dtype="float32"))
+    return _overhead(SMALL, rows=2, row_length=1024, weights=lambda: hf.load(_MODEL.value, dtype="float32"))
 
 
 def _overhead(compute: Compute, *, rows: int, row_length: int, weights) -> dict:
@@ -124,7 +123,8 @@ def _overhead(compute: Compute, *, rows: int, row_length: int, weights) -> dict:
         seconds = {bare: [], whole: []}
         state = jax.block_until_ready(bare(state))
         for run in [bare, whole] * 3:
-            batches.set_state(beginning)  # the same eight
+            if run is whole:
+                batches.set_state(beginning)  # the same eight
             began = time.perf_counter()
             state = jax.block_until_ready(run(state))
             seconds[run].append(time.perf_counter() - began)
